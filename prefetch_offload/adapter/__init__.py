@@ -1,0 +1,1 @@
+"""What ties the engine to diffusers, accelerate, transformers and peft."""

@@ -1,0 +1,164 @@
+"""The hook that stands where accelerate's stands: same name, same base, same attributes, another engine below."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import accelerate.hooks
+import torch
+from accelerate.utils import send_to_device
+from torch import nn
+
+from ..component import Component
+from ..config import Settings
+from ..device import OUT_OF_MEMORY
+from ..engine import Client, Engine, engine_for
+
+
+@dataclasses.dataclass(eq=False)
+class Session:
+    """What a hook needs to know of the pipeline it serves. `engine` is known once the first component is hooked."""
+
+    client: Client
+    settings: Settings
+    _engine: Engine | None = None
+
+    @property
+    def engine(self) -> Engine:
+        assert self._engine is not None, "nothing has been hooked"
+        return self._engine
+
+    def on(self, device: torch.device) -> None:
+        """Components run on `device`. Raises SettingError if its engine is in use with other settings."""
+        self._engine = engine_for(device, self.settings)
+        self._engine.clients.add(self.client)
+
+
+def shape_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> object:
+    """Stands for how much activation memory a call takes: shapes and dtypes of its tensors, and tiling switches."""
+    tensors = [a for a in args if isinstance(a, torch.Tensor)]
+    tensors += [a for a in kwargs.values() if isinstance(a, torch.Tensor)]
+    switches = tuple(bool(module.__dict__.get(name)) for name in ("use_tiling", "use_slicing", "training"))
+    return tuple((tuple(t.shape), t.dtype) for t in tensors), switches
+
+
+class CpuOffload(accelerate.hooks.CpuOffload):
+    """Makes its module ready on the device before it runs.
+
+    diffusers and peft test for the base class, others look the class up in `accelerate.hooks` by its name; both must
+    hold. Staging is invisible until `pre_forward`; nothing is evicted in `post_forward`, since pipelines read weights of a
+    component after its forward.
+    """
+
+    def __init__(
+        self, execution_device: str | int | torch.device | None = None, prev_module_hook: Any = None
+    ) -> None:
+        super().__init__(execution_device, prev_module_hook)
+        self.session: Session | None = None
+        self._component: Component | None = None
+
+    @property
+    def component(self) -> Component | None:
+        """What this hook serves; a part of a larger component once that has been taken in."""
+        while self._component is not None and self._component.absorbed_by is not None:
+            self._component = self._component.absorbed_by
+        return self._component
+
+    def serve(self, module: nn.Module, session: Session, name: str) -> None:
+        """Take `module` in."""
+        self.session = session
+        component = session.engine.component(module, session.settings, name)
+        component.client = session.client
+        known = session.client.components
+        for key in [k for k, c in known.items() if c.absorbed_by is component]:
+            del known[key]
+        known[component.key] = component
+        self._component = component
+
+    # ------------------------------------------------------- what accelerate calls
+    def init_hook(self, module: nn.Module) -> nn.Module:
+        """The weights are on the host from here on: when hooks are chained, and in `UserCpuOffloadHook.offload()`."""
+        component = self.component
+        if component is None or self.session is None:
+            return module.to("cpu")
+        self.session.engine.evict([component])
+        return module
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Make the module's weights ready on the current stream, and move the inputs as stock does. Idempotent."""
+        if torch.compiler.is_compiling():
+            return args, kwargs
+        component = self.component
+        if component is None:
+            if self.session is None:
+                return super().pre_forward(module, *args, **kwargs)  # type: ignore[no-any-return]
+            self.serve(unwrap(module), self.session, type(module).__name__)
+            component = self.component
+        assert component is not None and self.session is not None
+        engine = self.session.engine
+        if engine.is_current(component):
+            return args, kwargs
+        previous = getattr(self.prev_module_hook, "hook", None)
+        previous = previous.component if isinstance(previous, CpuOffload) else None
+        engine.enter(component, shape_of(module, args, kwargs), previous)
+        device = self.execution_device
+        return send_to_device(args, device), send_to_device(kwargs, device)
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        return output
+
+    def detach_hook(self, module: nn.Module) -> nn.Module:
+        """Weights stay where they are shown; masters, pins and staging are released, unless others still need them."""
+        from .entry import restore_class
+
+        component, session = self.component, self.session
+        self._component = None
+        restore_class(module)
+        if component is not None and session is not None:
+            session.client.components.pop(component.key, None)
+            session.engine.detach(component)
+        return module
+
+    # ------------------------------------------------------------- what we call
+    def run(self, module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """`call` between entry and return. Out of memory: once more, alone, with the device's generator as it was."""
+        args, kwargs = self.pre_forward(module, *args, **kwargs)
+        component, session = self.component, self.session
+        if component is None or session is None:
+            return call(*args, **kwargs)
+        lanes = session.engine.lanes
+        # With gradients a second forward would not be the same computation.
+        retry = not torch.is_grad_enabled() and not component.running
+        state = lanes.generator_state() if retry else None
+        component.running += 1
+        try:
+            try:
+                return call(*args, **kwargs)
+            except OUT_OF_MEMORY:
+                if not retry:
+                    raise
+            # Out of the handler, so that the failed forward's frames and their tensors are gone.
+            session.engine.out_of_memory(component)
+            lanes.set_generator_state(state)
+            return call(*args, **kwargs)
+        finally:
+            component.running -= 1
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CpuOffload:
+        """A copy serves the copied module, taken in when it first runs."""
+        copy = CpuOffload(self.execution_device)
+        copy.session = self.session
+        memo[id(self)] = copy
+        return copy
+
+    def __reduce__(self) -> Any:
+        # Engines do not travel: what is unpickled is stock's hook.
+        return accelerate.hooks.CpuOffload, (self.execution_device,)
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The module that `torch.compile` wrapped, or the module itself."""
+    inner = module.__dict__.get("_orig_mod") or module._modules.get("_orig_mod")
+    return inner if isinstance(inner, nn.Module) else module

@@ -1,0 +1,122 @@
+"""Taking a component's tensors into slabs, tensor by tensor, so that the host never holds two copies of a model."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import nn
+
+from .config import Settings
+from .errors import UnsupportedError
+from .host import Pins, Slab, trim
+from .masters import CarriedUnit, Master, SlabUnit, Unit, is_plain, span_nbytes
+from .units import Extent, align, cut
+
+
+def check_tensors(name: str, module: nn.Module) -> None:
+    """Refuse what cannot be offloaded, before anything has been changed.
+
+    Raises:
+        UnsupportedError: tensors on the meta device, or sharded ones (DTensor).
+    """
+    for key, tensor in [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]:
+        if tensor.device.type == "meta":
+            raise UnsupportedError(
+                f"{name}.{key} is on the meta device: it has a shape but no values, so there is nothing to offload. "
+                "Load the weights first (`from_pretrained`, or `load_state_dict(..., assign=True)`), then enable."
+            )
+        if hasattr(tensor, "device_mesh"):
+            raise UnsupportedError(
+                f"{name}.{key} is a DTensor, sharded over several devices. Offload keeps whole components on one device: "
+                "undo the parallelism (`tensor.full_tensor()`) or do not offload this pipeline."
+            )
+
+
+def needs_native_move(module: nn.Module) -> bool:
+    """Whether the module's weights keep state outside of their tensors, so that only its own `.to()` can move them."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
+    return any(type(p).__name__ in ("Params4bit", "Int8Params") for p in module.parameters())
+
+
+@dataclasses.dataclass
+class _Shared:
+    """Masters whose bytes overlap in one storage, and the range [lo, hi) of it that they cover."""
+
+    lo: int
+    hi: int
+    members: list[Master]
+
+
+def _shared_ranges(masters: list[Master]) -> list[_Shared]:
+    """Group masters that overlap in memory; in the order of their first member."""
+    by_storage: dict[int, list[Master]] = {}
+    for master in masters:
+        by_storage.setdefault(master.tensor.untyped_storage().data_ptr(), []).append(master)
+    ranges: dict[int, _Shared] = {}
+    for members in by_storage.values():
+        current: _Shared | None = None
+        for master in sorted(members, key=lambda m: m.tensor.storage_offset() * m.tensor.itemsize):
+            lo = master.tensor.storage_offset() * master.tensor.itemsize
+            hi = lo + span_nbytes(master.tensor)
+            if current is None or lo >= current.hi:
+                # From a multiple of 16, so that a wider type further on stays aligned in its slab.
+                current = _Shared(lo // 16 * 16 if len(members) > 1 else lo, hi, [])
+            current.hi = max(current.hi, hi)
+            current.members.append(master)
+            ranges[id(master)] = current
+    return list({id(r): r for m in masters for r in [ranges[id(m)]]}.values())
+
+
+def build_units(prefix: str, masters: list[Master], settings: Settings, pins: Pins) -> list[Unit]:
+    """Units for `masters`, whose tensors' data move into slabs. Tensor objects stay the same.
+
+    Args:
+        prefix: keys of the units are ``{prefix}/{name}``.
+        masters: in definition order; every tensor on the host.
+
+    Returns:
+        Units in definition order, carried tensors last. Slabs are pinned as far as the host allows.
+    """
+    plain = [m for m in masters if is_plain(m.tensor) and m.tensor.numel()]
+    carried = [m for m in masters if not (is_plain(m.tensor) and m.tensor.numel())]
+    ranges = _shared_ranges(plain)
+    extents = [Extent(r.members[0].name, r.hi - r.lo) for r in ranges]
+    units: list[Unit] = []
+    for number, layout in enumerate(cut(extents, settings.unit_min, settings.unit_max)):
+        slab = Slab(align(layout.nbytes, 8))
+        members, offsets = [], []
+        for placement in layout.placements:
+            shared = ranges[placement.extent]
+            _move(shared, slab, placement.offset)
+            for master in shared.members:
+                assert master.home is not None
+                members.append(master)
+                offsets.append(master.home.data_ptr() - slab.bytes.data_ptr())
+        pins_before = slab.bytes.data_ptr()
+        pins.pin(slab)
+        if slab.bytes.data_ptr() != pins_before:  # the backend's pinned allocator: the slab has moved
+            for master, offset in zip(members, offsets, strict=True):
+                master.settle(slab, offset)
+        unit = SlabUnit(f"{prefix}/{number}:{layout.name}", slab, members)
+        unit.place(offsets)
+        units.append(unit)
+    if carried:
+        for master in carried:
+            master.home = master.twin = master.twin_data = None
+            master.look()
+        units.append(CarriedUnit(f"{prefix}/carried", carried))
+    trim()
+    return units
+
+
+def _move(shared: _Shared, slab: Slab, offset: int) -> None:
+    nbytes = shared.hi - shared.lo
+    first = shared.members[0].tensor
+    with torch.inference_mode(False), torch.no_grad():
+        source = torch.empty(0, dtype=torch.uint8).set_(first.untyped_storage(), shared.lo, (nbytes,), (1,))
+        slab.view(offset, nbytes).copy_(source)
+        starts = [m.tensor.storage_offset() * m.tensor.itemsize - shared.lo for m in shared.members]
+        for master, start in zip(shared.members, starts, strict=True):
+            master.settle(slab, offset + start)

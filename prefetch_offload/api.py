@@ -1,0 +1,171 @@
+"""The public interface: `enable`, `install` and `uninstall`."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from .adapter import pipeline as adapter
+from .adapter.hooks import Session, unwrap
+from .adoption import check_tensors
+from .config import GIB, Settings
+from .engine import Client, rehooking
+from .errors import BudgetError, SettingError, UnsupportedError
+from .handle import Offload
+from .masters import component_nbytes
+
+
+def enable(
+    pipe: DiffusionPipeline,
+    gpu_id: int | None = None,
+    device: torch.device | str | None = None,
+    *,
+    budget: int | str | None = None,
+    **settings: Any,
+) -> Offload:
+    """Offload `pipe`, in place of `pipe.enable_model_cpu_offload()`.
+
+    Args:
+        pipe: any diffusers pipeline with a `model_cpu_offload_seq`. Its components move to pinned host memory.
+        gpu_id, device: as in `enable_model_cpu_offload`; the same combinations are refused with the same errors.
+        budget: device bytes for weights and activations together (``"12GiB"``); None: what is free, less a reserve;
+            ``"stock"``: never more than stock model offload would use.
+        settings: the other fields of `prefetch_offload.Settings`.
+
+    Returns:
+        The handle. Calls of the pipeline go on as before. Enabling again applies the new settings and returns the same
+        handle.
+
+    Raises:
+        SettingError: an unknown setting, or a value that cannot be used.
+        UnsupportedError: a tensor that cannot be offloaded, or something that is not a diffusers pipeline.
+        ValueError, RuntimeError, ImportError: what `enable_model_cpu_offload` raises, for the same reasons.
+        Whatever is raised, no component is left hooked.
+    """
+    made = Settings.make(budget, **settings)
+    if not isinstance(pipe, DiffusionPipeline):
+        raise UnsupportedError(
+            f"enable() takes a diffusers pipeline, not a {type(pipe).__name__}: give the pipeline that the model is part of."
+        )
+    if device is not None and torch.device(device).type == "cpu":
+        raise SettingError(
+            f"device={str(device)!r}: components wait on the CPU and run on an accelerator. Name one (device='cuda'), leave "
+            "`device` out to have it found, or do without offload."
+        )
+    return apply(pipe, gpu_id, device, made)
+
+
+def apply(pipe: DiffusionPipeline, gpu_id: int | None, device: torch.device | str | None, settings: Settings) -> Offload:
+    """`enable` with checked settings; also what an enabled pipeline's `enable_model_cpu_offload` comes to.
+
+    diffusers' own method runs, with its own refusals, and asks for our hooks instead of accelerate's.
+    """
+    for name, module in pipe.components.items():
+        if isinstance(module, nn.Module):
+            check_tensors(name, module)
+    check_budget(pipe, settings)
+    before = adapter.offload_of(pipe)
+    base = adapter.base_class(pipe)
+    session = _session(before, settings)
+    arguments = {k: v for k, v in (("gpu_id", gpu_id), ("device", device)) if v is not None}
+    with rehooking() as finish:
+        if before is not None:
+            before.show_masters()
+        try:
+            with adapter.patched(session, pipe), adapter.plain_class(pipe):
+                base.enable_model_cpu_offload(pipe, **arguments)
+        except BaseException:
+            with contextlib.suppress(Exception):
+                base.remove_all_hooks(pipe)
+            finish()
+            for part in adapter.parts_of(pipe):
+                adapter.let_go(part)
+            adapter.let_go(pipe)
+            raise
+        finish()
+    offload = before if before is not None else Offload(pipe, session)
+    offload._session = session
+    adapter.take_hold(pipe, offload)
+    for part in adapter.parts_of(pipe):
+        if adapter.offload_of(part) is None:
+            adapter.take_hold(part, Offload(part, session))
+    client = session.client
+    if not client.order.expected:
+        keys = {id(c.module): key for key, c in client.components.items()}
+        hooked = [unwrap(h.model) for h in getattr(pipe, "_all_hooks", [])]
+        client.order.expect([keys[id(m)] for m in hooked if id(m) in keys])
+    return offload
+
+
+def check_budget(pipe: DiffusionPipeline, settings: Settings) -> None:
+    """Refuse a budget in which the largest component does not fit.
+
+    Raises:
+        BudgetError: with the component and the smallest budget that can hold its weights.
+    """
+    budget = settings.budget
+    if not isinstance(budget, int):
+        return
+    modules = {n: m for n, m in pipe.components.items() if isinstance(m, nn.Module)}
+    sizes = {n: component_nbytes(m) for n, m in modules.items() if n not in pipe._exclude_from_cpu_offload}
+    largest = max(sizes, key=sizes.__getitem__, default=None)
+    if largest is not None and sizes[largest] > budget:
+        raise BudgetError(
+            f"budget={budget} bytes ({budget / GIB:.2f} GiB) cannot hold {largest}, whose weights take {sizes[largest]} bytes "
+            f"({sizes[largest] / GIB:.2f} GiB): components run whole, so give at least that much and room for activations."
+        )
+
+
+def _session(before: Offload | None, settings: Settings) -> Session:
+    """A pipeline's session: the one it has if the settings are the same, else a new one that knows what that one learned."""
+    if before is None:
+        return Session(Client(settings), settings)
+    if before.settings == settings:
+        return before._session
+    client = Client(settings)
+    old = before._session.client
+    client.order, client.shapes = old.order, old.shapes
+    client.memory.activations, client.memory.needs = old.memory.activations, old.memory.needs
+    return Session(client, settings)
+
+
+_stock: Any = None
+
+
+def install(*, budget: int | str | None = None, **settings: Any) -> None:
+    """Let `DiffusionPipeline.enable_model_cpu_offload` mean `enable`, for every pipeline, with these settings.
+
+    Existing programs then need no edit. Installing again applies the new settings to pipelines enabled from then on.
+
+    Raises:
+        SettingError: as in `enable`.
+    """
+    global _stock
+    made = Settings.make(budget, **settings)
+    uninstall()
+    stock = DiffusionPipeline.enable_model_cpu_offload
+
+    @functools.wraps(stock)
+    def enable_model_cpu_offload(
+        self: DiffusionPipeline, gpu_id: int | None = None, device: torch.device | str | None = None
+    ) -> None:
+        if adapter.is_patching():
+            stock(self, gpu_id=gpu_id, device=device)  # our own call of diffusers' method
+        else:
+            apply(self, gpu_id, device, made)
+
+    DiffusionPipeline.enable_model_cpu_offload = enable_model_cpu_offload
+    _stock = stock
+
+
+def uninstall() -> None:
+    """Undo `install`. Pipelines that are enabled stay enabled. Without `install` before it, a no-op."""
+    global _stock
+    if _stock is not None:
+        DiffusionPipeline.enable_model_cpu_offload = _stock
+        _stock = None

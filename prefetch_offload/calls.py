@@ -1,0 +1,124 @@
+"""What is known about a pipeline's calls: the order of its components, and what each needs besides its weights. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from .config import Budget
+
+# A call that alternates two networks for a thousand steps still fits; more is no longer an order, it is noise.
+MAX_SWITCHES = 4096
+
+
+class CallOrder:
+    """The order in which a pipeline enters its components, learned from its last call.
+
+    `model_cpu_offload_seq` is only the first hint: 158 of 284 pipelines visit components out of that order.
+    """
+
+    def __init__(self, hint: Sequence[str] = ()) -> None:
+        self.expect(hint)
+        self._current: list[str] = []
+        self._position = -1
+
+    def expect(self, hint: Sequence[str]) -> None:
+        """Until a call has been seen, expect this order; a component named twice counts once."""
+        self.expected: tuple[str, ...] = tuple(dict.fromkeys(hint))
+
+    def start(self) -> None:
+        """A call begins; an unfinished one before it (an exception) teaches nothing."""
+        self._current = []
+        self._position = -1
+
+    def enter(self, component: str) -> None:
+        """`component` is entered, and it is not the one that was entered last."""
+        if len(self._current) < MAX_SWITCHES:
+            self._current.append(component)
+        n = len(self.expected)
+        for step in range(1, n + 1):
+            if self.expected[(self._position + step) % n] == component:
+                self._position = (self._position + step) % n
+                return
+
+    def finish(self) -> None:
+        """The call ended as it should: from now on this is the order to expect."""
+        if self._current:
+            self.expected = tuple(self._current)
+        self.start()
+
+    def upcoming(self) -> tuple[str, ...]:
+        """The components expected next, nearest first, one cycle of them, ending with the current one."""
+        after = self._position + 1
+        return self.expected[after:] + self.expected[:after]
+
+    def forget(self, component: str) -> None:
+        """`component` is no longer part of the pipeline. A call in progress goes on, and is still learned from."""
+        self._position -= self.expected[: self._position + 1].count(component)
+        self.expected = tuple(c for c in self.expected if c != component)
+        self._current = [c for c in self._current if c != component]
+
+
+@dataclass
+class Memory:
+    """How many device bytes weights may take while a component runs.
+
+    Peaks are measured: `learn` is told, after a component ran, how much device memory was in use beyond the weights
+    (activations, inputs, whatever else lives on the device). A *shape* stands for the component together with the shapes
+    of its inputs; while a shape has not been measured, a bounded budget holds nothing but the running component, as stock
+    model offload would.
+    """
+
+    budget: Budget
+    activations: dict[object, int] = field(default_factory=dict)
+    needs: dict[object, int] = field(default_factory=dict)
+    alone: set[object] = field(default_factory=set)
+    _seen: dict[object, tuple[int, int]] = field(default_factory=dict)
+
+    def knows(self, shape: object) -> bool:
+        return shape in self.activations
+
+    def learn(self, shape: object, activation_nbytes: int, weight_nbytes: int) -> None:
+        """`shape` ran with at most `activation_nbytes` besides weights; its own weights are `weight_nbytes`.
+
+        It counts from `commit` on: a component may run several times in a call, each time with more around it.
+        """
+        known = self._seen.get(shape, (0, 0))[0]
+        self._seen[shape] = max(known, activation_nbytes), weight_nbytes
+
+    def commit(self) -> None:
+        """A call is over: what was learned in it holds from now on."""
+        for shape, (activations, weights) in self._seen.items():
+            self.activations[shape] = max(self.activations.get(shape, 0), activations)
+            self.needs[shape] = weights + self.activations[shape]
+        self._seen.clear()
+
+    def ran_out(self, shape: object) -> None:
+        """`shape` ran out of memory: from now on it runs alone."""
+        self.alone.add(shape)
+
+    def stock_floor(self) -> int | None:
+        """A lower bound on stock model offload's peak: the largest component with its own activations."""
+        return max(self.needs.values(), default=None)
+
+    def cap(self, shape: object, weight_nbytes: int, available_nbytes: int) -> int:
+        """Device bytes for weights while `shape`, whose own weights are `weight_nbytes`, runs.
+
+        Args:
+            available_nbytes: what weights could take if nothing else ran: held by weights now, plus free, less reserve.
+                Used when there is no explicit budget.
+
+        Returns:
+            At least `weight_nbytes`: a component that runs must be there.
+        """
+        if shape in self.alone:
+            return weight_nbytes
+        if self.budget is None:
+            # Unmeasured: a quarter of what there is, the ladder for running out of memory being the safety net.
+            activations = self.activations.get(shape, available_nbytes // 4)
+            return max(weight_nbytes, available_nbytes - activations)
+        if shape not in self.activations:
+            return weight_nbytes
+        limit = self.stock_floor() if self.budget == "stock" else self.budget
+        assert isinstance(limit, int)
+        return max(weight_nbytes, limit - self.activations[shape])

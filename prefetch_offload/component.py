@@ -1,0 +1,317 @@
+"""One component: its masters and units, what its modules show, and what changed behind its back."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .adoption import build_units
+from .casting import keep_twins
+from .config import Settings
+from .host import Pins
+from .masters import CarriedUnit, Master, SlabUnit, Unit, modules_of, tensors_of, version_of
+
+if TYPE_CHECKING:
+    from .engine import Client
+
+_numbers = itertools.count()
+
+
+class Component:
+    """A module whose weights are offloaded.
+
+    Attributes:
+        key: unique on its device (``unet#3``).
+        name: what its pipeline calls it.
+        module: held weakly; the pipeline owns it.
+        units: what it needs on the device, in definition order.
+        bound: its modules show twins.
+        running: calls into it that have not returned.
+        absorbed_by: the larger component that it has become part of.
+        d2h_nbytes: bytes written back because the device's copy had changed.
+        stream_id: the stream it was last made ready for.
+        client: the pipeline that it belongs to, the one enabled last if there are several.
+    """
+
+    client: Client
+    transient_residency = False  # leaves the device when its call ends
+
+    def __init__(
+        self, module: nn.Module, name: str, device: torch.device, settings: Settings, pins: Pins
+    ) -> None:
+        self.key = f"{name}#{next(_numbers)}"
+        self.name = name
+        self._module = weakref.ref(module)
+        self.device, self.settings, self._pins = device, settings, pins
+        self.units: list[Unit] = []
+        self.bound = False
+        self.running = 0
+        self.absorbed_by: Component | None = None
+        self.stream_id = -1
+        self.d2h_nbytes = 0
+        self._masters: dict[int, Master] = {}
+        self._modules: list[nn.Module] = []
+        self._slots: list[tuple[dict[str, Any], str, Master]] = []
+        self._n_entries = 0
+        self._merged: list[tuple[nn.Module, tuple[str, ...]]] = []
+        self._generation = itertools.count()
+        self._suspended: list[SlabUnit] = []  # units whose tensors have moved away for the rest of this call
+        self._placed = 0  # tensors on the device that are not ours
+        self.stop_casting: Callable[[], None] = lambda: None
+        self._flat: list[nn.Module] = []
+        self._peft: list[nn.Module] = []
+
+    @property
+    def module(self) -> nn.Module:
+        module = self._module()
+        assert module is not None, f"{self.key} is gone"
+        return module
+
+    @property
+    def hooked(self) -> bool:
+        """A hook of ours serves it now."""
+        module = self._module()
+        hook = module.__dict__.get("_hf_hook") if module is not None else None
+        return getattr(hook, "component", None) is self
+
+    @property
+    def nbytes(self) -> int:
+        return sum(u.nbytes for u in self.units)
+
+    @property
+    def masters(self) -> list[Master]:
+        return list(self._masters.values())
+
+    # ------------------------------------------------------------------ adoption
+    def unchanged(self) -> bool:
+        """The modules show the same tensors, with their data where it was, as when last adopted."""
+        modules = modules_of(self.module)
+        if self._placed or modules != self._modules or self._count(modules) != self._n_entries:
+            return False
+        for entries, key, master in self._slots:
+            if entries.get(key) is not master.tensor:
+                return False
+        for master in self._masters.values():
+            if master.tensor.data_ptr() != master.ptr:
+                return False
+            home = master.home
+            if home is not None and master.tensor.dtype != home.dtype:
+                return False
+        return True
+
+    @staticmethod
+    def _count(modules: list[nn.Module]) -> int:
+        return sum(len(m._parameters) + len(m._buffers) for m in modules)
+
+    def adopt(self, transient: bool = False) -> tuple[list[Unit], list[Unit]]:
+        """Bring units and masters in line with what the modules show. The component is not bound.
+
+        Units of which every tensor is still in place are kept; the others' tensors and new ones form new units.
+
+        Args:
+            transient: changed tensors are carried as they are instead of being taken into new slabs: what changes within
+                a call (an upcast VAE) will most likely change back before the next.
+
+        Returns:
+            (units that are new, units that are gone). The caller drops the latter's device memory first if it is held.
+        """
+        self._modules = modules_of(self.module)
+        self._n_entries = self._count(self._modules)
+        names = {id(m): n for n, m in self.module.named_modules(remove_duplicate=False)}
+        seen: dict[int, Master] = {}
+        slots: list[tuple[dict[str, Any], str, Master]] = []
+        self._placed = 0
+        for module in self._modules:
+            prefix = names.get(id(module), "")
+            for entries, key, tensor in tensors_of([module]):
+                if tensor.device.type != "cpu":
+                    self._placed += 1  # by someone else; left alone until it comes back
+                    continue
+                master = seen.get(id(tensor)) or self._masters.get(id(tensor))
+                if master is None or master.tensor is not tensor:
+                    master = Master(tensor, f"{prefix}.{key}".lstrip("."), [])
+                if id(tensor) not in seen:
+                    seen[id(tensor)] = master
+                    master.slots = []
+                master.slots.append((entries, key))
+                slots.append((entries, key, master))
+        present = set(map(id, seen.values()))
+        kept = [u for u in self._all_units() if self._intact(u, present)]
+        settled = {id(m) for u in kept for m in u.masters}
+        fresh = [m for m in seen.values() if id(m) not in settled]
+        made: list[Unit] = []
+        if fresh and transient:
+            for master in fresh:
+                master.twin = master.twin_data = None
+                master.look()
+            made = [CarriedUnit(f"{self.key}.{next(self._generation)}/transient", fresh)]
+            suspended = [u for u in self._all_units() if u not in kept and isinstance(u, SlabUnit)]
+        else:
+            suspended = []
+            if fresh:
+                made = build_units(f"{self.key}.{next(self._generation)}", fresh, self.settings, self._pins)
+        gone = [u for u in self._all_units() if u not in kept]
+        self._suspended = suspended
+        self.units = kept + made
+        # by the tensors there are now: taking them in may have replaced an inference tensor
+        self._masters = {id(m.tensor): m for m in seen.values()}
+        self._slots = slots
+        self._flat = [m for m in self._modules if isinstance(m, nn.RNNBase)]
+        self._peft = [m for m in self._modules if "merged_adapters" in m.__dict__]
+        self.stop_casting()
+        self.stop_casting = keep_twins(self._modules, slots)
+        return made, gone
+
+    def _all_units(self) -> list[Unit]:
+        """In definition order, those whose tensors have moved away within this call included."""
+        return self.units + [u for u in self._suspended if u not in self.units]
+
+    @staticmethod
+    def _intact(unit: Unit, present: set[int]) -> bool:
+        if isinstance(unit, SlabUnit):
+            return all(id(m) in present and m.in_place for m in unit.masters)
+        # `transient` units last for one call; carried ones as long as their tensors stay what they are
+        return not unit.key.endswith("/transient") and all(
+            id(m) in present and m.tensor.data_ptr() == m.ptr for m in unit.masters
+        )
+
+    @property
+    def suspended_units(self) -> list[SlabUnit]:
+        """Units whose tensors have moved away, kept because they will most likely come back."""
+        return self._suspended
+
+    @property
+    def suspended(self) -> bool:
+        """Some tensors are carried for the rest of this call only."""
+        return any(u.key.endswith("/transient") for u in self.units)
+
+    def written(self) -> list[Unit]:
+        """Units whose master was written in place since it was last looked at; looks at them."""
+        found = []
+        for unit in self.units:
+            stale = False
+            for master in unit.masters:
+                if version_of(master.tensor) != master.version:
+                    master.look()
+                    stale = True
+            if stale:
+                found.append(unit)
+        return found
+
+    # ------------------------------------------------------------------- binding
+    def bind(self) -> None:
+        """Let the modules show the twins. Every unit is on the device and compute waits for its copy."""
+        for master in self._masters.values():
+            twin, tensor = master.twin, master.tensor
+            assert twin is not None, f"{self.key}: {master.name} has no twin"
+            if twin.requires_grad != tensor.requires_grad:
+                twin.requires_grad_(tensor.requires_grad)
+            master.twin_ptr, master.twin_version = twin.data_ptr(), twin._version
+        self.bound = True
+        for entries, key, master in self._slots:
+            entries[key] = master.twin
+        self._after_swap()
+        self._merged = [(m, tuple(m.merged_adapters)) for m in self._peft]
+
+    def _after_swap(self) -> None:
+        for module in self._flat:  # an RNN keeps a second list of its weights
+            module._flat_weights = [getattr(module, n, None) for n in module._flat_weights_names]  # type: ignore[operator,union-attr]
+
+    def unbind(self) -> list[Unit]:
+        """Let the modules show the masters again, and take over what was changed on the device.
+
+        Returns:
+            Units whose device copy no longer equals the master.
+        """
+        stale: list[Unit] = []
+        if not self._twins_untouched():
+            stale = self._take_over()
+        for entries, key, master in self._slots:
+            entries[key] = master.tensor
+        self.bound = False
+        self._after_swap()
+        return stale
+
+    def _twins_untouched(self) -> bool:
+        modules = modules_of(self.module)
+        if modules != self._modules or self._count(modules) != self._n_entries:
+            return False
+        if any(tuple(m.merged_adapters) != before for m, before in self._merged):
+            return False
+        for entries, key, master in self._slots:
+            if entries.get(key) is not master.twin:
+                return False
+        for master in self._masters.values():
+            twin = master.twin
+            if twin is None or twin.data_ptr() != master.twin_ptr or twin._version != master.twin_version:
+                return False
+        return True
+
+    def _take_over(self) -> list[Unit]:
+        """Write back what differs; keep whatever the modules show now that is not ours."""
+        merged = {
+            id(p) for m, before in self._merged if tuple(m.merged_adapters) != before for p in m.parameters()
+        }
+        by_twin = {id(m.twin): m for m in self._masters.values() if m.twin is not None}
+        done: dict[int, torch.Tensor] = {}
+        moved_away: set[int] = set()
+        written: set[int] = set()
+        slots: list[tuple[dict[str, Any], str, Master]] = []
+        with torch.inference_mode(False), torch.no_grad():
+            for entries, key, shown in list(tensors_of(modules_of(self.module))):
+                master = by_twin.get(id(shown))
+                if master is None:
+                    if shown.device == self.device:  # made or replaced while on the device
+                        if id(shown) not in done:
+                            done[id(shown)] = _to_host(shown)
+                        entries[key] = done[id(shown)]
+                    continue
+                slots.append((entries, key, master))
+                if id(shown) in done:
+                    continue
+                done[id(shown)] = shown
+                moved = shown.data_ptr() != master.twin_ptr
+                if moved or shown._version != master.twin_version or id(shown) in merged:
+                    master.put(shown.detach())
+                    self.d2h_nbytes += shown.nbytes
+                    master.look()
+                    written.add(id(master))
+                    if moved:
+                        moved_away.add(id(master))
+                        master.twin = master.twin_data = None  # no longer a view into its unit: made anew when next needed
+        self._slots = slots
+        self._n_entries = -1  # whatever was replaced is taken in at the next entry
+        for unit in self.units:
+            if any(id(m) in written for m in unit.masters):
+                unit.sample()
+        return [u for u in self.units if any(id(m) in moved_away for m in u.masters)]
+
+    def release_twins(self) -> None:
+        """Leave the weights on the device: modules keep what they show, as their own Parameters where they can."""
+        for entries, key, master in self._slots:
+            twin = master.twin
+            if twin is not None and torch._has_compatible_shallow_copy_type(master.tensor, twin):
+                if master.tensor.data_ptr() != twin.data_ptr():
+                    master.tensor.data = twin.data
+                entries[key] = master.tensor
+        self._after_swap()
+        self.bound = False
+
+    def returned(self) -> None:
+        """Bring tensors that someone placed on the device back to the host, as stock does at the end of a call."""
+        if any(t.device == self.device for _, _, t in tensors_of(modules_of(self.module))):
+            self.module.to("cpu")
+
+
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with its data on the host: the same object where the backend allows it."""
+    data = tensor.detach().to("cpu")
+    if torch._has_compatible_shallow_copy_type(tensor, data):
+        tensor.data = data
+        return tensor
+    return nn.Parameter(data, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data

@@ -1,0 +1,114 @@
+"""Settings: parsed and checked once, at the boundary, then frozen."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from fractions import Fraction
+from typing import Any, Literal
+
+from .errors import SettingError
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+_SCALE = {
+    "": 1, "b": 1,
+    "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+    "kib": KIB, "mib": MIB, "gib": GIB, "tib": 1 << 40,
+}  # fmt: skip
+_SIZE = re.compile(r"\s*([0-9]{1,30}(?:\.[0-9]{1,30})?)\s*([a-z]*)\s*", re.IGNORECASE)
+
+Budget = int | Literal["stock"] | None
+
+
+def parse_nbytes(value: int | str, what: str) -> int:
+    """Bytes from an integer or a text such as ``"12GiB"``, ``"500 MB"`` or ``"4096"``.
+
+    Args:
+        value: the size. GB means 10**9 bytes and GiB 2**30.
+        what: the name of the setting, for the message.
+
+    Raises:
+        SettingError: not a size, or not positive.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise SettingError(
+            f"{what}={value!r} is of type {type(value).__name__}: give bytes as an int, or a text such as '12GiB'."
+        )
+    if isinstance(value, int):
+        nbytes = value
+    else:
+        match = _SIZE.fullmatch(value)
+        unit = match.group(2).lower() if match else ""
+        if match is None or unit not in _SCALE:
+            raise SettingError(f"{what}={value!r} is not a size: write it like '12GiB', '500MB' or 4096 (bytes).")
+        nbytes = int(Fraction(match.group(1)) * _SCALE[unit])  # exact, unlike float
+    if nbytes <= 0:
+        raise SettingError(f"{what}={value!r} is less than one byte: give a positive size, or leave it out.")
+    return nbytes
+
+
+def parse_budget(value: int | str | None) -> Budget:
+    """The device budget: bytes, ``"stock"``, or None for what is free on the device less the reserve."""
+    if value is None or value == "stock":
+        return value  # type: ignore[return-value]
+    return parse_nbytes(value, "budget")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a user can set. All sizes in bytes.
+
+    Attributes:
+        budget: device bytes for weights and activations together; ``"stock"``: never above what stock model offload
+            would use; None: what is free on the device, less `reserve`.
+        prefetch: copy the next components in while the current one runs.
+        pin: keep the host masters in pinned memory. False: pageable masters behind a small pinned staging ring.
+        pinned_limit: at most this many bytes of pinned host memory; None: what the host can spare.
+        reserve: with ``budget=None``, device bytes left to others; None: the larger of 256 MiB and 4% of the device.
+        unit_min, unit_max: a unit, the smallest thing moved together, is cut between these sizes where the model allows.
+        staging: size of the pinned ring used for masters that could not be pinned.
+        fingerprints: compare sampled bytes of each cached unit with its master at a component's first entry in a call,
+            so that a write that leaves no other mark (``weight.data += delta``) is seen. About 1 ms per GB.
+        verify: record every stream operation and check it for hazards (`Offload.hazards`). Slow; for tests.
+    """
+
+    budget: Budget = None
+    prefetch: bool = True
+    pin: bool = True
+    pinned_limit: int | None = None
+    reserve: int | None = None
+    unit_min: int = 16 * MIB
+    unit_max: int = 256 * MIB
+    staging: int = 64 * MIB
+    fingerprints: bool = True
+    verify: bool = False
+
+    @classmethod
+    def make(cls, budget: int | str | None = None, **settings: Any) -> Settings:
+        """Settings from what a user wrote.
+
+        Raises:
+            SettingError: an unknown name (the nearest known one is named), or a value that cannot be used.
+        """
+        known = {f.name: f for f in dataclasses.fields(cls)}
+        values: dict[str, Any] = {"budget": parse_budget(budget)}
+        for name, value in settings.items():
+            if name not in known or name == "budget":
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f" Did you mean `{near[0]}`?" if near else f" Known settings: {', '.join(sorted(known))}."
+                raise SettingError(f"enable() has no setting `{name}`.{hint}")
+            if known[name].type in ("int", "int | None"):
+                if value is None and known[name].type == "int | None":
+                    values[name] = None
+                else:
+                    values[name] = parse_nbytes(value, name)
+            elif not isinstance(value, bool):
+                raise SettingError(f"{name}={value!r}: give True or False.")
+            else:
+                values[name] = value
+        made = cls(**values)
+        if made.unit_min > made.unit_max:
+            raise SettingError(f"unit_min={made.unit_min} is above unit_max={made.unit_max}: make it smaller.")
+        return made

@@ -1,0 +1,141 @@
+"""Streams, events and memory figures of one accelerator, through ``torch.accelerator``: CUDA, XPU and PrivateUse1 alike.
+
+# [Note: stream order]
+Order on the device is by events only. Every record and wait of the engine goes through `Lanes`, each with its reason:
+
+1. COPY_AFTER_ALLOCATION: a buffer is allocated on the compute stream, whose earlier kernels may still use that memory;
+   the copy stream waits for an event recorded there after the allocation.
+2. USE_AFTER_COPY: the compute stream waits for a unit's ready event before its first read.
+3. FREE_AFTER_LAST_USE: memory goes back to the order of the stream it was allocated on; another stream that read it is
+   waited for first.
+4. FREE_AFTER_UNUSED_COPY: a unit that is dropped before anyone waited for it: its copy is waited for before the free.
+5. STAGE_AFTER_COPY (the host waits): a half of the pinned ring is refilled only after the copy out of it.
+6. RETIRE_AFTER_COPY (the host waits): host memory is unpinned or given back only after the last copy out of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .hazards import Hazard, HazardChecker, Op, OpKind
+
+COPY_AFTER_ALLOCATION = "copy after allocation"
+USE_AFTER_COPY = "use after copy"
+FREE_AFTER_LAST_USE = "free after last use"
+FREE_AFTER_UNUSED_COPY = "free after unused copy"
+STAGE_AFTER_COPY = "stage after copy"
+RETIRE_AFTER_COPY = "retire after copy"
+
+_HOST = -1  # the host thread, as a stream of the checker's
+_ENQUEUED = -1  # the event that orders the copy stream behind it
+
+OUT_OF_MEMORY: tuple[type[BaseException], ...] = (torch.OutOfMemoryError,)
+
+
+class Lanes:
+    """The streams of one device, and what was ordered on them.
+
+    Attributes:
+        device: with an index.
+        copy: the copy stream; it exists so that host-to-device copies run beside compute. There is one, since one
+            engine serves the link in each direction and two would only interleave.
+        hazards: what the checker objected to, when `verify` is on.
+    """
+
+    def __init__(self, device: torch.device, verify: bool = False) -> None:
+        self.device = device
+        self.module: Any = torch.get_device_module(device)
+        self.copy = torch.Stream(device=device)
+        self.hazards: list[Hazard] = []
+        self._checker = HazardChecker() if verify else None
+        self._events: dict[int, tuple[int, torch.Event]] = {}
+
+    @property
+    def simulated(self) -> bool:
+        """The device is the simulated accelerator of `prefetch_offload.testing`."""
+        return getattr(self.module, "ext", None) is not None
+
+    def compute(self) -> torch.Stream:
+        """The stream that the caller's kernels go to."""
+        return torch.accelerator.current_stream(self.device)
+
+    # ------------------------------------------------------------------ ordering
+    def record(self, stream: torch.Stream) -> torch.Event:
+        """An event on `stream`, after all that was put there so far. It can be timed."""
+        event = torch.Event(device=self.device, enable_timing=True)
+        event.record(stream)
+        self._note_event("record", stream, event)
+        return event
+
+    def wait(self, stream: torch.Stream, event: torch.Event, why: str) -> None:
+        """What is put on `stream` from now on runs after `event`. The host does not wait."""
+        stream.wait_event(event)
+        self._note_event("wait", stream, event, why)
+
+    def host_wait(self, event: torch.Event, why: str) -> None:
+        """The host waits for `event`."""
+        event.synchronize()
+        self._note_event("host_wait", self.copy, event, why)
+
+    def synchronize(self) -> None:
+        """The host waits for everything on the device: only in teardown and recovery."""
+        for stream in (self.copy, self.compute()):
+            self.host_wait(self.record(stream), "synchronize")
+        torch.accelerator.synchronize(self.device)
+
+    # ------------------------------------------------------- what happens to memory
+    def note(self, kind: OpKind, stream: torch.Stream, buffer: str) -> None:
+        """Tell the checker of an access: ``alloc``, ``read``, ``write`` or ``free`` of `buffer` on `stream`."""
+        if self._checker is not None:
+            self._feed(Op(kind, stream.stream_id, buffer))
+
+    def note_host(self, kind: OpKind, buffer: str) -> None:
+        """The same of the host thread, behind whose accesses everything is enqueued later on."""
+        if self._checker is not None:
+            self._feed(Op(kind, _HOST, buffer))
+            self._feed(Op("record", _HOST, event=_ENQUEUED))
+            self._feed(Op("wait", self.copy.stream_id, event=_ENQUEUED))
+
+    def _note_event(self, kind: OpKind, stream: torch.Stream, event: torch.Event, why: str = "") -> None:
+        if self._checker is not None:
+            # Kept: an identity is reused once its event is gone.
+            number = self._events.setdefault(id(event), (len(self._events), event))[0]
+            self._feed(Op(kind, stream.stream_id, event=number, note=why))
+
+    def _feed(self, op: Op) -> None:
+        assert self._checker is not None
+        self.hazards += self._checker.feed(op)
+
+    # -------------------------------------------------------------------- memory
+    def free_nbytes(self) -> int:
+        """Bytes that can be allocated now: free on the device, plus cached and unused by PyTorch's allocator."""
+        free, _ = self.module.mem_get_info(self.device)
+        return int(free + self.module.memory_reserved(self.device) - self.module.memory_allocated(self.device))
+
+    def total_nbytes(self) -> int:
+        return int(self.module.mem_get_info(self.device)[1])
+
+    def allocated_nbytes(self) -> int:
+        return int(self.module.memory_allocated(self.device))
+
+    def peak_nbytes(self) -> int:
+        """The allocator's peak since it was last reset."""
+        return int(self.module.max_memory_allocated(self.device))
+
+    def reset_peak(self) -> None:
+        self.module.reset_peak_memory_stats(self.device)
+
+    def empty_cache(self) -> None:
+        if hasattr(self.module, "empty_cache"):
+            self.module.empty_cache()
+
+    def generator_state(self) -> torch.Tensor | None:
+        """State of the device's default generator, where the backend shows it."""
+        get = getattr(self.module, "get_rng_state", None)
+        return get(self.device) if get is not None else None
+
+    def set_generator_state(self, state: torch.Tensor | None) -> None:
+        if state is not None:
+            self.module.set_rng_state(state, self.device)

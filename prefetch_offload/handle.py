@@ -1,0 +1,210 @@
+"""`Offload`: the handle of an enabled pipeline."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from . import report as reporting
+from . import trace as tracing
+from .adapter import pipeline as adapter
+from .adapter.entry import attach
+from .adapter.hooks import CpuOffload, Session, unwrap
+from .adoption import check_tensors
+from .config import Settings
+from .engine import Engine
+from .hazards import Hazard
+
+
+def hook_of(module: Any) -> CpuOffload | None:
+    """Our hook on a module, compiled or not."""
+    hook = unwrap(module).__dict__.get("_hf_hook") if isinstance(module, nn.Module) else None
+    return hook if type(hook) is CpuOffload else None
+
+
+class Offload:
+    """The handle of an enabled pipeline; there is one per pipeline. As a context manager it disables on exit."""
+
+    def __init__(self, pipe: DiffusionPipeline, session: Session) -> None:
+        self._pipe = weakref.ref(pipe)
+        self._session = session
+
+    def __repr__(self) -> str:
+        pipe = self._pipe()
+        return f"<Offload of {type(pipe).__name__ if pipe is not None else 'a pipeline that is gone'} on {self.device}>"
+
+    def __enter__(self) -> Offload:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.disable()
+
+    @property
+    def settings(self) -> Settings:
+        """What the pipeline was enabled with."""
+        return self._session.settings
+
+    @property
+    def device(self) -> torch.device:
+        """Where components run."""
+        return self._engine.device
+
+    @property
+    def _engine(self) -> Engine:
+        return self._session.engine
+
+    # ------------------------------------------------------------------ figures
+    @property
+    def stats(self) -> reporting.Stats:
+        """A snapshot of what moved and what it cost. Waits for the device."""
+        return reporting.collect(self._engine, self._session.client)
+
+    def report(self) -> str:
+        """`stats` as a table: what moved, what was hidden behind compute and what was exposed."""
+        return reporting.render(self.stats)
+
+    def timeline(self) -> tracing.Timeline:
+        """Everything recorded on this device, as spans. Waits for the device."""
+        return self._engine.timeline()
+
+    def trace(self, path: str | Path) -> None:
+        """Write the timeline to `path` as a Chrome trace; Perfetto opens it."""
+        tracing.write(self.timeline(), path)
+
+    @property
+    def plan(self) -> reporting.Plan:
+        """The order expected of the next call, and what of it is on the device already."""
+        return reporting.plan(self._engine, self._session.client)
+
+    @property
+    def hazards(self) -> list[Hazard]:
+        """With ``verify=True``: accesses that the device could run in the wrong order. None is what you want."""
+        return list(self._engine.lanes.hazards)
+
+    # ------------------------------------------------------------------ control
+    def release(self) -> None:
+        """Give back all device memory that this pipeline's weights hold. The next call loads again."""
+        self._engine.evict(list(self._session.client.components.values()))
+        self._engine.lanes.empty_cache()
+
+    def refresh(self) -> None:
+        """Weights on the host were changed by hand: forget device copies, and look at every tensor again."""
+        self._engine.evict(list(self._session.client.components.values()))
+        self._engine.refresh(self._session.client)
+
+    def show_masters(self) -> None:
+        """Components show their host weights, as between calls; device copies stay."""
+        self._engine.show_masters(list(self._session.client.components.values()))
+
+    def disable(self) -> None:
+        """Undo `enable`: weights on the host in ordinary memory, no hooks, no device memory. Again is a no-op."""
+        pipe = self._pipe()
+        engine, client = self._engine, self._session.client
+        engine.evict([c for c in client.components.values() if engine.heir(c, client) is None])
+        if pipe is None:  # gone already: whatever of it is left goes, too
+            for component in list(client.components.values()):
+                if engine.heir(component, client) is None:
+                    engine.remove(component)
+            client.components.clear()
+            return
+        if adapter.offload_of(pipe) is not self:
+            return
+        for part in adapter.parts_of(pipe):
+            self._unhook_all(part)
+            adapter.let_go(part)
+        self._unhook_all(pipe)
+        for component in list(client.components.values()):  # hooked by an override, not a component of the pipeline
+            engine.remove(component)
+        client.components.clear()
+        adapter.let_go(pipe)
+        engine.lanes.empty_cache()
+
+    def _unhook_all(self, pipe: DiffusionPipeline) -> None:
+        modules = [m for m in pipe.components.values() if isinstance(m, nn.Module)]
+        modules += [h.model for h in getattr(pipe, "_all_hooks", []) if h.model not in modules]
+        for module in modules:
+            self._unhook(module)
+        for name in pipe._exclude_from_cpu_offload:  # these went to the device when the pipeline was enabled
+            module = getattr(pipe, name, None)
+            if isinstance(module, nn.Module) and hook_of(module) is None:
+                module.to("cpu")
+        pipe._all_hooks = []
+
+    def _unhook(self, module: nn.Module) -> None:
+        """Detach our hook; where another enabled pipeline shares the module, hand it over instead."""
+        hook = hook_of(module)
+        if hook is None or hook.session is not self._session:
+            return
+        client = self._session.client
+        component = hook.component
+        heir = self._engine.heir(component, client) if component is not None else None
+        if heir is None:
+            hook.detach_hook(module)
+            unwrap(module).__dict__.pop("_hf_hook", None)
+            return
+        assert component is not None
+        hook.session = dataclasses.replace(self._session, client=heir, settings=heir.settings)
+        component.client = heir
+        del client.components[component.key]
+
+    # ------------------------------------------------ what the pipeline's class calls
+    @contextlib.contextmanager
+    def calling(self) -> Iterator[None]:
+        """A call of the pipeline."""
+        self._adopt_strays()
+        client = self._session.client
+        self._engine.start_call(client)
+        failed = True
+        try:
+            yield
+            failed = False
+        finally:
+            self._engine.leave_call(client, failed)
+
+    def freed(self) -> None:
+        """diffusers asks for all components to be on the host: at the end of nearly every call, or by hand."""
+        self._adopt_strays()
+        self._engine.freed(self._session.client)
+
+    def _adopt_strays(self) -> None:
+        """Hook components that came, or lost their hook, without going through the pipeline's attributes."""
+        pipe = self._pipe()
+        assert pipe is not None
+        for name, module in pipe.components.items():
+            if isinstance(module, nn.Module) and hook_of(module) is None:
+                self.replaced(name, None, module)
+
+    def replaced(self, name: str, before: nn.Module | None, after: Any) -> None:
+        """The pipeline's component `name` is `after` now."""
+        pipe = self._pipe()
+        assert pipe is not None
+        inner = unwrap(after) if isinstance(after, nn.Module) else None
+        if before is not None and unwrap(before) is not inner and not any(m is before for m in pipe.components.values()):
+            hook = hook_of(before)
+            if hook is not None:
+                pipe._all_hooks = [h for h in pipe._all_hooks if h.hook is not hook]
+                if hook.component is not None:
+                    self._session.client.order.forget(hook.component.key)
+                    self._engine.evict([hook.component])
+                self._unhook(before)
+        if inner is None or name in pipe._exclude_from_cpu_offload:
+            return
+        hook = hook_of(after)
+        if hook is not None:
+            attach(after, hook)  # the same component, compiled by now, or another pipeline's
+            if hook.component is not None:
+                self._session.client.components[hook.component.key] = hook.component
+            return
+        check_tensors(name, after)
+        if getattr(inner, "_hf_hook", None) is None:
+            after.to("cpu")
+        _, user_hook = adapter.hook_component(self._session, pipe, after, self.device, None)
+        pipe._all_hooks.append(user_hook)

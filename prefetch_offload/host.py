@@ -1,0 +1,206 @@
+"""Slabs: the host memory that masters live in, pinned where the host allows it.
+
+# [Note: slabs]
+One anonymous mapping per unit. It is filled before it is pinned, so that pages come into being one tensor at a time while
+the tensors they replace go away, and it is pinned by registering its exact range (``cudaHostRegister``): PyTorch's pinned
+allocator rounds up to powers of two, which costs up to twice the model. Unpinning leaves the memory, and every tensor in
+it, in place. Where the backend cannot register memory, its pinned allocator is used and its rounding accepted.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+import threading
+import warnings
+import weakref
+from typing import Any
+
+import torch
+
+from .config import MIB
+from .errors import OffloadWarning
+from .memory import pinnable_nbytes
+
+_PAGE = mmap.PAGESIZE
+
+
+def trim() -> None:
+    """Give freed heap memory back to the system: a model's small tensors otherwise stay in the allocator's arenas."""
+    if sys.platform == "linux":
+        try:
+            ctypes.CDLL(None).malloc_trim(0)
+        except (OSError, AttributeError):  # not glibc
+            pass
+
+
+def clear_last_error(cudart: Any) -> None:
+    """Forget the runtime's last error: a refused registration would otherwise surface in the next kernel launch."""
+    if not hasattr(cudart, "cudaGetLastError"):  # PyTorch's binding lacks it; the library is loaded, so ask it directly
+        try:
+            with open("/proc/self/maps") as maps:
+                paths = {line.split()[-1] for line in maps if "libcudart" in line}
+            cudart = ctypes.CDLL(paths.pop())
+        except (OSError, KeyError, AttributeError):
+            return
+    cudart.cudaGetLastError()
+
+
+def _mapping(nbytes: int) -> mmap.mmap:
+    if sys.platform == "win32":
+        return mmap.mmap(-1, nbytes)
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if nbytes >= 32 * MIB and hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        except OSError:
+            pass
+    return memory
+
+
+class Slab:
+    """`nbytes` of host memory for one unit.
+
+    Attributes:
+        nbytes: usable bytes, a multiple of 8.
+        bytes: Tensor [nbytes] uint8 over all of it; what is copied to the device.
+        pinned: copies from it are asynchronous.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self._memory: Any = _mapping(-(-nbytes // _PAGE) * _PAGE)
+        self.bytes = torch.frombuffer(self._memory, dtype=torch.uint8, count=nbytes)
+        self.pinned = False
+        self._unpin: weakref.finalize | None = None
+
+    def view(self, offset: int, nbytes: int) -> torch.Tensor:
+        """Tensor [nbytes] uint8 at `offset`, with a storage of its own: copying or saving it does not take the slab along."""
+        return torch.frombuffer(self._memory, dtype=torch.uint8, count=nbytes, offset=offset)
+
+    def unpin(self) -> None:
+        """Release the pin. No copy from the slab may be in flight.
+
+        Registered memory stays where it is; what the backend's pinned allocator gave moves to ordinary memory, and `bytes`
+        and all views have to be made anew.
+        """
+        if self._unpin is not None:
+            if not isinstance(self._memory, mmap.mmap):
+                memory = _mapping(-(-self.nbytes // _PAGE) * _PAGE)
+                ordinary = torch.frombuffer(memory, dtype=torch.uint8, count=self.nbytes)
+                self._memory, self.bytes = memory, ordinary.copy_(self.bytes)
+            self._unpin()
+            self._unpin = None
+        self.pinned = False
+
+
+class Ring:
+    """Two pinned halves through which pageable masters are copied, chunk by chunk.
+
+    Attributes:
+        chunk: bytes of one half.
+        slots: the two halves, Tensor [chunk] uint8.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self.chunk = max(nbytes // 2 // _PAGE, 1) * _PAGE
+        self.slots = [torch.empty(self.chunk, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+
+    @property
+    def nbytes(self) -> int:
+        return 2 * self.chunk
+
+
+class Pins:
+    """The pinned host memory of one device.
+
+    Attributes:
+        nbytes: bytes pinned now, the ring's included.
+        limit: no more than this is pinned.
+    """
+
+    def __init__(self, device: torch.device, limit: int | None = None, staging: int = 64 * MIB, enabled: bool = True):
+        self._device = device
+        self._staging = staging
+        self._enabled = enabled
+        self.limit = pinnable_nbytes() if limit is None else limit
+        self.nbytes = 0
+        self._lock = threading.Lock()
+        self._ring: Ring | None = None
+        self._refused = False
+        module = torch.get_device_module(device)
+        self._cudart = module.cudart() if hasattr(module, "cudart") else None
+
+    def pin(self, slab: Slab) -> bool:
+        """Pin a filled slab. False, with one warning for all, when the host refuses; the slab is as it was."""
+        if not self._enabled or self._refused or slab.pinned:
+            return slab.pinned
+        if self.nbytes + slab.nbytes > self.limit:
+            return self._refuse(slab, f"the limit of {self.limit / 2**30:.1f} GiB for pinned memory is reached")
+        if self._cudart is None:
+            return self._pin_by_copy(slab)
+        address = slab.bytes.data_ptr()
+        with torch.accelerator.device_index(self._device.index):
+            code = int(self._cudart.cudaHostRegister(address, slab.nbytes, 0))
+            if code:
+                clear_last_error(self._cudart)
+                return self._refuse(slab, f"registering memory failed with code {code}")
+        slab.pinned = True
+        self.nbytes += slab.nbytes
+        slab._unpin = weakref.finalize(slab, self._unregister, address, slab.nbytes)
+        slab._unpin.atexit = False
+        return True
+
+    def _unregister(self, address: int, nbytes: int) -> None:
+        self._cudart.cudaHostUnregister(address)
+        self.nbytes -= nbytes
+
+    def _pin_by_copy(self, slab: Slab) -> bool:
+        """Move the slab into memory of the backend's pinned allocator."""
+        try:
+            pinned = torch.empty(slab.nbytes, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError as error:
+            return self._refuse(slab, str(error).splitlines()[0])
+        pinned.copy_(slab.bytes)
+        buffer = (ctypes.c_char * slab.nbytes).from_address(pinned.data_ptr())
+        buffer.owner = pinned  # type: ignore[attr-defined]
+        slab._memory, slab.bytes = buffer, pinned
+        slab.pinned = True
+        self.nbytes += slab.nbytes
+        slab._unpin = weakref.finalize(slab, self._forget, slab.nbytes)
+        slab._unpin.atexit = False
+        return True
+
+    def _forget(self, nbytes: int) -> None:
+        self.nbytes -= nbytes
+
+    def _refuse(self, slab: Slab, why: str) -> bool:
+        self._refused = True
+        warnings.warn(
+            f"prefetch_offload could not pin {slab.nbytes / 2**20:.0f} MiB of host memory: {why} "
+            f"({self.nbytes / 2**30:.2f} GiB are pinned). The remaining weights stay in ordinary memory and travel through a "
+            "small pinned ring when they are needed, without prefetch: correct, but each of them is waited for. "
+            "To avoid it, raise `ulimit -l` or the container's memory limit, or use smaller or quantised weights.",
+            OffloadWarning,
+            stacklevel=2,
+        )
+        return False
+
+    def ring(self) -> Ring | None:
+        """The staging ring, made at its first use; None when not even that can be pinned."""
+        with self._lock:
+            if self._ring is None and self._enabled:
+                try:
+                    self._ring = Ring(self._staging)
+                    self.nbytes += self._ring.nbytes
+                except RuntimeError:
+                    self._enabled = False
+            return self._ring
+
+    def release_ring(self) -> None:
+        """Give the ring back. No copy from it may be in flight."""
+        with self._lock:
+            if self._ring is not None:
+                self.nbytes -= self._ring.nbytes
+                self._ring = None

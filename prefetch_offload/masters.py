@@ -1,0 +1,306 @@
+"""Masters: the live host tensors of a component, the slabs they lie in, and their twins on the device.
+
+# [Note: host masters]
+The live CPU parameter IS the master: its data lies in a slab, so an in-place edit, a LoRA fuse or a `state_dict` sees and
+changes the truth. Device memory is a cache of it. While a component runs its modules show *twins*: persistent device
+Parameters, views into their unit's device bytes, put into ``module._parameters``. A unit's device bytes are one storage
+that is resized to nothing and back, so that twins are made once and dropping or loading a unit touches no tensor object.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from .host import Slab
+from .units import align
+
+_DEVICE_GRAIN = 512  # the caching allocator's: what a tensor allocated alone really takes
+_SAMPLES = 16  # per tensor, spread evenly, first and last word included: about 1 ms per GB of SDXL-like tensors
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """The tensor's version counter; 0 for an inference tensor, which has none."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Bytes, shape and strides say all there is about it: it can live in a slab."""
+    return (
+        type(tensor) in (torch.Tensor, nn.Parameter, nn.Buffer)
+        and tensor.layout == torch.strided
+        and not tensor.is_quantized
+        and not tensor.is_conj()
+        and not tensor.is_neg()
+        and tensor.device.type == "cpu"
+    )
+
+
+@dataclasses.dataclass(eq=False)
+class Master:
+    """One live host tensor, however many modules show it (tied parameters are one master).
+
+    Attributes:
+        tensor: the object the modules show between calls. Held strongly: an identity is only worth comparing while its
+            object cannot be freed and reused.
+        name: its first qualified name.
+        slots: (dictionary, key) of every place that shows it.
+        home: its view in a slab, kept so that the address cannot be reused while it is compared; None when carried.
+        ptr, version: where its data lay and its version when last looked at.
+        twin: what the modules show while the component runs; None until first needed.
+        twin_data: the twin's view into its unit's device bytes, should something else be put into the twin.
+        twin_ptr, twin_version: as `ptr` and `version`, of the twin, when bound.
+    """
+
+    tensor: torch.Tensor
+    name: str
+    slots: list[tuple[dict[str, Any], str]]
+    home: torch.Tensor | None = None
+    ptr: int = 0
+    version: int = 0
+    twin: torch.Tensor | None = None
+    twin_data: torch.Tensor | None = None
+    twin_ptr: int = 0
+    twin_version: int = 0
+
+    def look(self) -> None:
+        """Remember where the data lies and which version it is."""
+        self.ptr, self.version = self.tensor.data_ptr(), version_of(self.tensor)
+
+    @property
+    def in_place(self) -> bool:
+        """The tensor's data is still what lies in the slab, with the same type, shape and strides."""
+        home, tensor = self.home, self.tensor
+        return (
+            home is not None
+            and tensor.data_ptr() == home.data_ptr()
+            and tensor.dtype == home.dtype
+            and tensor.shape == home.shape
+            and tensor.stride() == home.stride()
+        )
+
+    def wrap(self, data: torch.Tensor) -> torch.Tensor:
+        """`data`, dressed as the master is: a Parameter or a plain tensor, same requires_grad and attributes."""
+        if isinstance(self.tensor, nn.Parameter) and not isinstance(data, nn.Parameter):
+            twin: torch.Tensor = nn.Parameter(data, requires_grad=self.tensor.requires_grad)
+        else:
+            twin = data
+            if twin.requires_grad != self.tensor.requires_grad and twin.is_leaf:
+                twin.requires_grad_(self.tensor.requires_grad)
+        if self.tensor.__dict__ and type(twin) is type(self.tensor):
+            twin.__dict__.update(self.tensor.__dict__)
+        return twin
+
+    def settle(self, slab: Slab, offset: int) -> None:
+        """Let the tensor show its bytes at `offset` of `slab`, where they are already. Same object, strides kept."""
+        tensor = self.tensor
+        with torch.inference_mode(False):
+            raw = slab.view(offset, span_nbytes(tensor)).view(tensor.dtype)
+            self.home = raw.as_strided(tensor.shape, tensor.stride())
+            if tensor.is_inference():
+                # An inference tensor cannot be versioned or guarded like the others: make it a normal one.
+                self.tensor = self.wrap(self.home.data)
+                for entries, key in self.slots:
+                    entries[key] = self.tensor
+            else:
+                tensor.data = self.home
+        self.twin = self.twin_data = None
+        self.look()
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take `value`, from the device or from a changed twin, as the new truth: home in the slab where it fits."""
+        home = self.home
+        if (
+            home is not None
+            and value.dtype == home.dtype
+            and value.shape == home.shape
+            and value.stride() == home.stride()
+        ):
+            home.copy_(value)
+            data = home
+        else:
+            data = value.detach().to("cpu", copy=True)
+        if is_plain(self.tensor) or type(self.tensor) is type(data):
+            self.tensor.data = data
+        else:
+            self.tensor = self.wrap(data)
+
+
+class Unit:
+    """What moves together. Subclasses say how.
+
+    Attributes:
+        key: its name on the device, unique (``unet#1/0``).
+        nbytes: device bytes when resident, as the allocator counts them.
+        masters: what it holds.
+        prefetchable: can be copied ahead of use.
+        payload_nbytes: bytes that a copy puts on the link.
+        copied: after the last copy out of host memory; until it has happened that memory may not be given back.
+    """
+
+    prefetchable = False
+
+    def __init__(self, key: str, nbytes: int, payload_nbytes: int, masters: list[Master]) -> None:
+        self.key, self.nbytes, self.payload_nbytes, self.masters = key, nbytes, payload_nbytes, masters
+        self.copied: torch.Event | None = None
+
+    def allocate(self, device: torch.device) -> None:
+        """Take device memory, on the current stream. Raises torch.OutOfMemoryError and is as before."""
+        raise NotImplementedError
+
+    def free(self) -> None:
+        """Give the device memory back to the current order of the stream it was allocated on."""
+        raise NotImplementedError
+
+    def abandon(self) -> None:
+        """Leave the device memory to the twins that show it."""
+        for master in self.masters:
+            master.twin = master.twin_data = None
+
+    def retire(self) -> None:
+        """Give up what the unit holds of the host; its tensors keep their data."""
+
+    def sample(self) -> None:
+        """Remember a fingerprint of the master bytes: device and host are equal now, or will be when the copy arrives."""
+
+    def stale(self) -> bool:
+        """The master was written since it was last sampled, without a mark that a version counter shows."""
+        return False
+
+
+class SlabUnit(Unit):
+    """Masters in a slab, copied as one contiguous run of bytes."""
+
+    def __init__(self, key: str, slab: Slab, masters: list[Master]) -> None:
+        super().__init__(key, align(slab.nbytes, _DEVICE_GRAIN), slab.nbytes, masters)
+        self.slab = slab
+        self.bytes: torch.Tensor | None = None  # [slab.nbytes] uint8 on the device; its storage is empty unless resident
+        self._offsets: list[int] = []
+        self._sample_index: torch.Tensor | None = None
+        self._sample: torch.Tensor | None = None
+
+    @property
+    def prefetchable(self) -> bool:  # type: ignore[override]
+        return self.slab.pinned
+
+    def place(self, offsets: list[int]) -> None:
+        """Masters lie at these byte offsets of the slab."""
+        self._offsets = offsets
+        words = []
+        for master, offset in zip(self.masters, offsets, strict=True):
+            last = span_nbytes(master.tensor) - 1
+            words += [(offset + last * i // (_SAMPLES - 1)) // 8 for i in range(_SAMPLES)]
+        self._sample_index = torch.tensor(sorted(set(words)), dtype=torch.int64)
+
+    def allocate(self, device: torch.device) -> None:
+        with torch.inference_mode(False):
+            if self.bytes is None:
+                self.bytes = torch.empty(self.slab.nbytes, dtype=torch.uint8, device=device)
+            else:
+                self.bytes.untyped_storage().resize_(self.slab.nbytes)
+            for master, offset in zip(self.masters, self._offsets, strict=True):
+                if master.twin is None:
+                    master.twin_data = self._view(master.tensor, offset)
+                    master.twin = master.wrap(master.twin_data.detach())
+
+    def _view(self, tensor: torch.Tensor, offset: int) -> torch.Tensor:
+        assert self.bytes is not None
+        raw = self.bytes[offset : offset + span_nbytes(tensor)].view(tensor.dtype)
+        # .data: a version counter of its own, which copies into the unit do not advance
+        return raw.as_strided(tensor.shape, tensor.stride()).data
+
+    def free(self) -> None:
+        if self.bytes is not None:
+            self.bytes.untyped_storage().resize_(0)
+
+    def abandon(self) -> None:
+        super().abandon()
+        self.bytes = None
+
+    def retire(self) -> None:
+        before = self.slab.bytes.data_ptr()
+        self.slab.unpin()
+        if self.slab.bytes.data_ptr() != before:  # it was the backend's pinned memory, and had to move
+            for master, offset in zip(self.masters, self._offsets, strict=True):
+                if master.in_place:
+                    master.settle(self.slab, offset)
+
+    def sample(self) -> None:
+        self._sample = self._gather()
+
+    def stale(self) -> bool:
+        return self._sample is not None and not torch.equal(self._sample, self._gather())
+
+    def _gather(self) -> torch.Tensor:
+        assert self._sample_index is not None
+        return self.slab.bytes.view(torch.int64)[self._sample_index]
+
+
+class CarriedUnit(Unit):
+    """Tensors that travel by their own ``.to()``: subclasses (torchao, GGUF), and what changed within a call."""
+
+    def __init__(self, key: str, masters: list[Master]) -> None:
+        sizes = [tensor_nbytes(m.tensor) for m in masters]
+        super().__init__(key, sum(align(n, _DEVICE_GRAIN) for n in sizes), sum(sizes), masters)
+
+    def allocate(self, device: torch.device) -> None:
+        made: list[torch.Tensor] = []
+        with torch.inference_mode(False), torch.no_grad():
+            for master in self.masters:
+                tensor = master.tensor
+                if is_plain(tensor):
+                    data = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+                    made.append(master.wrap(data.copy_(tensor)))
+                else:
+                    made.append(master.wrap(tensor.to(device)))
+        for master, twin in zip(self.masters, made, strict=True):
+            master.twin = twin
+
+    def free(self) -> None:
+        self.abandon()
+
+
+def span_nbytes(tensor: torch.Tensor) -> int:
+    """Bytes from the first to past the last element, gaps included: what keeping the strides takes."""
+    if tensor.numel() == 0:
+        return 0
+    return (1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))) * tensor.itemsize
+
+
+def tensor_nbytes(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor; of a wrapper subclass, those of its inner tensors."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        return sum(tensor_nbytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return tensor.numel() * tensor.itemsize
+
+
+def component_nbytes(module: nn.Module) -> int:
+    """Bytes of a module's parameters and buffers, tied ones once."""
+    tensors = {id(t): t for _, _, t in tensors_of(modules_of(module))}
+    return sum(map(tensor_nbytes, tensors.values()))
+
+
+def modules_of(module: nn.Module) -> list[nn.Module]:
+    """Every distinct module below and including `module`, parents first, in definition order."""
+    found, seen, stack = [], {id(module)}, [module]
+    while stack:
+        current = stack.pop()
+        found.append(current)
+        for child in reversed(current._modules.values()):
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                stack.append(child)
+    return found
+
+
+def tensors_of(modules: list[nn.Module]) -> Iterator[tuple[dict[str, Any], str, torch.Tensor]]:
+    """Every (dictionary, key, tensor) that `modules` show as parameter or buffer, non-persistent buffers included."""
+    for module in modules:
+        for entries in (module._parameters, module._buffers):
+            for key, tensor in entries.items():
+                if tensor is not None:
+                    yield entries, key, tensor

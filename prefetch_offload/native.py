@@ -1,0 +1,59 @@
+"""Components that only their own `.to()` can move: bitsandbytes weights, whose state lies outside of their tensors, and
+TorchScript modules. They are offloaded as stock does it, whole and synchronously, within the same budget."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .component import Component
+from .config import Settings
+from .host import Pins
+from .masters import Unit, component_nbytes
+
+
+class NativeUnit(Unit):
+    """A whole module, moved by itself."""
+
+    def __init__(self, key: str, module: nn.Module) -> None:
+        nbytes = component_nbytes(module)
+        super().__init__(key, nbytes, nbytes, [])
+        self._module = module
+
+    def allocate(self, device: torch.device) -> None:
+        self._module.to(device)
+
+    def free(self) -> None:
+        self._module.to("cpu")
+
+    def abandon(self) -> None:
+        pass
+
+
+class NativeComponent(Component):
+    """A component of one `NativeUnit`. It shows its weights where they are, and leaves the device with its call."""
+
+    transient_residency = True
+
+    def __init__(self, module: nn.Module, name: str, device: torch.device, settings: Settings, pins: Pins) -> None:
+        super().__init__(module, name, device, settings, pins)
+        self.units = [NativeUnit(f"{self.key}.0/native", module)]
+
+    def unchanged(self) -> bool:
+        return True
+
+    def adopt(self, transient: bool = False) -> tuple[list[Unit], list[Unit]]:
+        return list(self.units), []
+
+    def bind(self) -> None:
+        self.bound = True
+
+    def unbind(self) -> list[Unit]:
+        self.bound = False
+        return []
+
+    def release_twins(self) -> None:
+        self.bound = False
+
+    def returned(self) -> None:
+        pass

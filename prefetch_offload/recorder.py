@@ -1,0 +1,146 @@
+"""What happened on the device: events while it runs, spans and figures when someone asks."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from .device import Lanes
+from .residency import Await, Instruction
+from .trace import Level, Span, Timeline
+
+if TYPE_CHECKING:
+    from .transport import Flight
+
+# Spans kept. Older ones leave the trace; the totals keep counting.
+KEPT = 8192
+
+
+@dataclass
+class ComponentTotals:
+    """What one component cost since recording began. Bytes and counts; times come from the spans."""
+
+    entries: int = 0
+    hits: int = 0  # units that were there, or on their way, when needed
+    misses: int = 0  # units that had to be loaded then
+    h2d_nbytes: int = 0
+
+
+@dataclass
+class _Mark:
+    track: str
+    name: str
+    start: torch.Event
+    end: torch.Event | None
+    args: dict[str, object] = field(default_factory=dict)
+
+
+class Recorder:
+    """Records spans by timing events on the streams; resolving them waits for the device, so only `timeline` does.
+
+    Attributes:
+        counts: how often something noteworthy happened (``ladder``, ``prefetch refused``).
+        totals: by component name.
+    """
+
+    def __init__(self, lanes: Lanes) -> None:
+        self._lanes = lanes
+        self.counts: Counter[str] = Counter()
+        self.totals: dict[str, ComponentTotals] = {}
+        self.owner: dict[str, str] = {}  # unit key -> component name
+        self.calls = 0
+        self._marks: deque[_Mark] = deque(maxlen=KEPT)
+        self._levels: deque[tuple[torch.Event, int]] = deque(maxlen=KEPT)
+        self._run: _Mark | None = None
+        self._call: _Mark | None = None
+        self._base: torch.Event | None = None
+        self.host_base = time.perf_counter()
+
+    def _now(self) -> torch.Event:
+        event = self._lanes.record(self._lanes.compute())
+        if self._base is None:
+            self._base = event
+            self.host_base = time.perf_counter()
+        return event
+
+    # ------------------------------------------------------------------ events
+    def count(self, what: str) -> None:
+        self.counts[what] += 1
+
+    def call_started(self) -> None:
+        self._call = _Mark("calls", f"call {self.calls + 1}", self._now(), None)
+
+    def call_ended(self, failed: bool) -> None:
+        self._close_run()
+        self.calls += 1
+        if self._call is not None:
+            self._call.end = self._now()
+            self._call.args["failed"] = failed
+            self._marks.append(self._call)
+            self._call = None
+
+    def entered(self, name: str, held_nbytes: int) -> None:
+        """`name` runs from now on; weights take `held_nbytes` on the device."""
+        self._close_run()
+        now = self._now()
+        self._run = _Mark("compute", name, now, None)
+        self._levels.append((now, held_nbytes))
+        self.of(name).entries += 1
+
+    def _close_run(self) -> None:
+        if self._run is not None:
+            self._run.end = self._now()
+            self._marks.append(self._run)
+            self._run = None
+
+    def of(self, name: str) -> ComponentTotals:
+        """The totals of component `name`."""
+        return self.totals.setdefault(name, ComponentTotals())
+
+    def met(self, name: str, hits: int, misses: int) -> None:
+        """On entering `name`, so many of its units were there or on their way, and so many were not."""
+        totals = self.of(name)
+        totals.hits += hits
+        totals.misses += misses
+
+    def copied(self, flight: Flight, ahead: bool) -> None:
+        """A unit's copy was enqueued; `ahead` of use, or because it is needed now."""
+        name = self.owner.get(flight.unit.key, flight.unit.key)
+        self.of(name).h2d_nbytes += flight.unit.payload_nbytes
+        args = {"unit": flight.unit.key, "nbytes": flight.unit.payload_nbytes, "prefetch": ahead}
+        self._marks.append(_Mark("copy", name, flight.start, flight.ready, dict(args)))
+
+    @contextlib.contextmanager
+    def stall(self, name: str, instructions: Sequence[Instruction]) -> Iterator[None]:
+        """Around the waits before `name` runs: the time compute waits for copies is exposed transfer."""
+        if not any(isinstance(i, Await) for i in instructions):
+            yield
+            return
+        before = self._now()
+        yield
+        self._marks.append(_Mark("stalls", name, before, self._now()))
+
+    # ----------------------------------------------------------------- figures
+    def timeline(self, simulated: bool) -> Timeline:
+        """All kept spans in milliseconds since the first event. Waits for the device."""
+        self._lanes.synchronize()
+        base = self._base
+        if base is None:
+            return Timeline((), (), simulated, str(self._lanes.device))
+
+        def at(event: torch.Event) -> float:
+            return float(base.elapsed_time(event))
+
+        spans = []
+        for mark in self._marks:
+            if mark.end is not None:
+                start = at(mark.start)
+                spans.append(Span(mark.track, mark.name, start, max(0.0, at(mark.end) - start), mark.args))  # type: ignore[arg-type]
+        levels = tuple(Level(at(event), nbytes) for event, nbytes in self._levels)
+        return Timeline(tuple(sorted(spans, key=lambda s: s.start_ms)), levels, simulated, str(self._lanes.device))

@@ -1,0 +1,153 @@
+"""Carrying out instructions: how a unit's bytes get to the device, and how they leave it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from .device import (
+    COPY_AFTER_ALLOCATION,
+    FREE_AFTER_LAST_USE,
+    FREE_AFTER_UNUSED_COPY,
+    RETIRE_AFTER_COPY,
+    STAGE_AFTER_COPY,
+    USE_AFTER_COPY,
+    Lanes,
+)
+from .host import Pins
+from .masters import SlabUnit, Unit
+
+
+@dataclass
+class Flight:
+    """A unit's device bytes together with the events that order them.
+
+    Attributes:
+        home: the stream whose order the memory belongs to.
+        start, ready: before and after the copy, on the copy stream (for carried units: on the compute stream).
+        readers: streams that waited for `ready`, by id; each may read until the unit is dropped.
+    """
+
+    unit: Unit
+    home: torch.Stream
+    start: torch.Event
+    ready: torch.Event
+    readers: dict[int, torch.Stream] = field(default_factory=dict)
+
+
+class Transport:
+    """Moves units between the host and one device, ordered by events only ([Note: stream order])."""
+
+    def __init__(self, lanes: Lanes, pins: Pins) -> None:
+        self.lanes, self.pins = lanes, pins
+        self.flights: dict[str, Flight] = {}
+        self._staged: list[torch.Event | None] = [None, None]
+
+    def load(self, unit: Unit) -> Flight:
+        """Take device memory and enqueue the copy.
+
+        Raises:
+            torch.OutOfMemoryError: nothing has changed.
+        """
+        lanes = self.lanes
+        compute = lanes.compute()
+        unit.sample()  # before the copy: a write during it is then seen as a change
+        if not isinstance(unit, SlabUnit):
+            start = lanes.record(compute)
+            unit.allocate(lanes.device)  # the copies are part of it, on the compute stream
+            flight = Flight(unit, compute, start, lanes.record(compute))
+            self.flights[unit.key] = flight
+            return flight
+        unit.allocate(lanes.device)
+        assert unit.bytes is not None
+        lanes.note("alloc", compute, unit.key)
+        lanes.wait(lanes.copy, lanes.record(compute), COPY_AFTER_ALLOCATION)
+        start = lanes.record(lanes.copy)
+        # Known before the copy is enqueued, so that an interrupt in between cannot lose it.
+        flight = self.flights[unit.key] = Flight(unit, compute, start, start)
+        with torch.inference_mode(False), torch.no_grad(), lanes.copy:
+            if unit.slab.pinned:
+                unit.bytes.copy_(unit.slab.bytes, non_blocking=True)
+                lanes.note("read", lanes.copy, _on_host(unit))
+            else:
+                self._copy_pageable(unit.slab.bytes, unit.bytes)
+        lanes.note("write", lanes.copy, unit.key)
+        unit.copied = flight.ready = lanes.record(lanes.copy)
+        return flight
+
+    def _copy_pageable(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Through the two halves of the pinned ring: one is filled by the host while the other is copied out."""
+        ring = self.pins.ring()
+        if ring is None:
+            target.copy_(source)
+            return
+        for number, offset in enumerate(range(0, source.numel(), ring.chunk)):
+            half = number % 2
+            nbytes = min(ring.chunk, source.numel() - offset)
+            staged = self._staged[half]
+            if staged is not None:
+                self.lanes.host_wait(staged, STAGE_AFTER_COPY)
+            ring.slots[half][:nbytes].copy_(source[offset : offset + nbytes])
+            self.lanes.note_host("write", f"ring/{half}")
+            target[offset : offset + nbytes].copy_(ring.slots[half][:nbytes], non_blocking=True)
+            self.lanes.note("read", self.lanes.copy, f"ring/{half}")
+            self._staged[half] = self.lanes.record(self.lanes.copy)
+
+    def wait(self, unit: Unit) -> None:
+        """Let the caller's stream read the unit after its copy. Waiting again is free."""
+        flight = self.flights[unit.key]
+        compute = self.lanes.compute()
+        if compute.stream_id in flight.readers:
+            return
+        if isinstance(unit, SlabUnit) or compute != flight.home:
+            self.lanes.wait(compute, flight.ready, USE_AFTER_COPY)
+        flight.readers[compute.stream_id] = compute
+        if isinstance(unit, SlabUnit):
+            self.lanes.note("read", compute, unit.key)
+
+    def reads(self, unit: Unit) -> None:
+        """Tell the checker that the caller's stream may go on reading the unit."""
+        if isinstance(unit, SlabUnit):
+            self.lanes.note("read", self.lanes.compute(), unit.key)
+
+    def drop(self, unit: Unit) -> None:
+        """Free the unit's device memory behind its copy and its last use, without waiting on the host."""
+        flight = self.flights.pop(unit.key)
+        lanes = self.lanes
+        if not flight.readers:
+            lanes.wait(flight.home, flight.ready, FREE_AFTER_UNUSED_COPY)
+        for stream in flight.readers.values():
+            if stream != flight.home:
+                lanes.wait(flight.home, lanes.record(stream), FREE_AFTER_LAST_USE)
+        if isinstance(unit, SlabUnit):
+            lanes.note("free", flight.home, unit.key)
+        unit.free()
+
+    def reset(self, units: list[Unit]) -> None:
+        """Hold nothing, whatever state `units` were left in. The device is idle."""
+        for flight in self.flights.values():
+            if isinstance(flight.unit, SlabUnit):
+                self.lanes.note("free", flight.home, flight.unit.key)
+        self.flights.clear()
+        for unit in units:
+            unit.free()
+
+    def abandon(self, unit: Unit) -> None:
+        """Forget the unit and leave its device memory to those who show it. They have waited for its copy."""
+        flight = self.flights.pop(unit.key)
+        if isinstance(unit, SlabUnit):
+            self.lanes.note("free", flight.home, unit.key)  # as far as we are concerned
+        unit.abandon()
+
+    def retire(self, unit: Unit) -> None:
+        """Give up the unit's host memory, once nothing is being copied from it. The unit is not on the device."""
+        if unit.copied is not None:
+            self.lanes.host_wait(unit.copied, RETIRE_AFTER_COPY)
+            if isinstance(unit, SlabUnit) and unit.slab.pinned:
+                self.lanes.note_host("free", _on_host(unit))
+        unit.retire()
+
+
+def _on_host(unit: Unit) -> str:
+    return f"{unit.key} (host)"

@@ -1,0 +1,114 @@
+"""How a component is cut into units, and where each tensor lies in its unit. Specs in, specs out; no torch.
+
+A *unit* is the smallest thing moved together. It is one contiguous range of bytes on the host and, while it is
+resident, one on the device, so that moving it is one copy. A unit is a child of a ModuleList (a transformer or resnet
+block) or what lies between two of them; small neighbours are joined and large ones split at tensor boundaries.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+# CUDA's caching allocator hands out multiples of 512 bytes; cuBLASLt distinguishes alignments up to 256. With 256 a
+# tensor inside a unit meets the same kernels as one allocated alone, and takes no more memory.
+ALIGNMENT = 256
+
+
+@dataclass(frozen=True)
+class Extent:
+    """A run of bytes that must stay together: one tensor, or several that share storage.
+
+    Attributes:
+        name: the qualified name of its first tensor (``down_blocks.0.resnets.1.conv1.weight``).
+        nbytes: its size.
+    """
+
+    name: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Extent number `extent` lies at byte `offset` of its unit."""
+
+    extent: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class UnitLayout:
+    """One unit: `nbytes` bytes, a multiple of ALIGNMENT, holding `placements` in ascending, disjoint order."""
+
+    name: str
+    nbytes: int
+    placements: tuple[Placement, ...]
+
+
+def align(nbytes: int, alignment: int = ALIGNMENT) -> int:
+    """`nbytes` rounded up to a multiple of `alignment`."""
+    return -(-nbytes // alignment) * alignment
+
+
+_BLOCK = re.compile(r"^((?:.*\.)?\d+)\.")
+
+
+def block_of(name: str) -> str:
+    """The innermost numbered child in a qualified name (``blocks.3``), or ``""`` for a tensor outside of any."""
+    match = _BLOCK.match(name)
+    return match.group(1) if match else ""
+
+
+def _runs(extents: Sequence[Extent], unit_max: int) -> Iterable[tuple[str, list[int]]]:
+    """Neighbours of one block, none larger than `unit_max` unless it is a single extent."""
+    run: list[int] = []
+    run_name, run_nbytes = "", 0
+    for i, extent in enumerate(extents):
+        name = block_of(extent.name)
+        if run and (name != run_name or run_nbytes + align(extent.nbytes) > unit_max):
+            yield run_name, run
+            run, run_nbytes = [], 0
+        run_name = name
+        run.append(i)
+        run_nbytes += align(extent.nbytes)
+    if run:
+        yield run_name, run
+
+
+def cut(extents: Sequence[Extent], unit_min: int, unit_max: int) -> tuple[UnitLayout, ...]:
+    """Units of a component, in the order of `extents`.
+
+    Args:
+        extents: in definition order; empty ones (0 bytes) are allowed and take no room.
+        unit_min: neighbouring blocks are joined until a unit has this many bytes.
+        unit_max: no unit is larger, unless a single extent is.
+
+    Returns:
+        Layouts in which every extent lies exactly once. No extents: no units.
+    """
+    units: list[UnitLayout] = []
+    pending: list[int] = []
+    pending_name, pending_nbytes = "", 0
+
+    def close() -> None:
+        nonlocal pending, pending_nbytes
+        if not pending:
+            return
+        offset, placements = 0, []
+        for i in pending:
+            placements.append(Placement(i, offset))
+            offset += align(extents[i].nbytes)
+        units.append(UnitLayout(pending_name or "rest", max(offset, ALIGNMENT), tuple(placements)))
+        pending, pending_nbytes = [], 0
+
+    for name, run in _runs(extents, unit_max):
+        nbytes = sum(align(extents[i].nbytes) for i in run)
+        if pending and (pending_nbytes >= unit_min or pending_nbytes + nbytes > unit_max):
+            close()
+        if not pending:
+            pending_name = name
+        pending += run
+        pending_nbytes += nbytes
+    close()
+    return tuple(units)

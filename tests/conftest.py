@@ -1,0 +1,120 @@
+"""Fixtures: the simulated accelerator, and what must hold after every test that used it."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+import prefetch_offload
+from prefetch_offload import Offload
+from prefetch_offload.engine import _engines
+from prefetch_offload.testing import load
+from prefetch_offload.testing.pipelines import CASES
+from prefetch_offload.units import align
+
+DEVICE = "simgpu"
+
+
+@pytest.fixture(scope="session")
+def ext() -> Any:
+    """The simulator, compiled once."""
+    return load()
+
+
+def settle(ext: Any) -> None:
+    gc.collect()
+    ext.drain()
+
+
+@pytest.fixture
+def sim(ext: Any) -> Iterator[Any]:
+    """The simulated accelerator in its plain state; afterwards no hazard, no violation, and no memory kept."""
+    settle(ext)
+    ext.configure(1 << 50, 0, 0, 0)
+    ext.op_delay_us(0)
+    ext.pin_limit(-1)
+    ext.fail_allocation(-1)
+    ext.reset()
+    before = ext.counters()
+    yield ext
+    ext.fail_allocation(-1)
+    settle(ext)
+    after = ext.counters()
+    assert ext.hazards() == []
+    assert after["violations"] == 0
+    # less is possible: tables that an earlier test's model kept in a cache
+    assert after["allocated"] <= before["allocated"], "device memory was kept"
+    assert after["pinned"] == before["pinned"], "host memory stayed pinned"
+
+
+@pytest.fixture
+def enable(sim: Any) -> Iterator[Callable[..., Offload]]:
+    """`prefetch_offload.enable` on the simulated accelerator; afterwards everything is disabled and checked."""
+    made: list[Offload] = []
+
+    def _enable(pipe: DiffusionPipeline, **settings: Any) -> Offload:
+        offload = prefetch_offload.enable(pipe, device=settings.pop("device", DEVICE), **{"verify": True, **settings})
+        made.append(offload)
+        return offload
+
+    yield _enable
+    for engine in _engines.values():
+        engine.residency.validate()
+    for offload in made:
+        assert offload.hazards == []
+        offload.disable()
+    made.clear()
+    for engine in _engines.values():
+        assert not engine.live(), "components are still taken in"
+        assert engine.residency.held_nbytes == 0
+        assert not engine.transport.flights
+        assert engine.pins.nbytes == 0
+
+
+SEEDS = (0, 1, 2)
+
+
+@cache
+def resident(name: str, dtype: torch.dtype) -> tuple[np.ndarray, ...]:
+    """What the pipeline gives when all of it lives on the device: the truth."""
+    pipe = CASES[name].build(dtype=dtype).to(DEVICE)
+    return tuple(np.asarray(CASES[name].call(pipe, seed=seed)) for seed in SEEDS)
+
+
+def images_of(name: str, pipe: DiffusionPipeline) -> tuple[np.ndarray, ...]:
+    """Three calls."""
+    return tuple(np.asarray(CASES[name].call(pipe, seed=seed)) for seed in SEEDS)
+
+
+def assert_same(images: Any, expected: Any) -> None:
+    """Bit for bit."""
+    assert len(images) == len(expected)
+    for image, truth in zip(images, expected, strict=True):
+        assert image.dtype == truth.dtype and image.shape == truth.shape
+        assert image.tobytes() == truth.tobytes()
+
+
+def weight_nbytes(pipe: DiffusionPipeline) -> int:
+    """Bytes of all components' parameters and buffers as they lie in units, shared ones once.
+
+    Every tensor begins at a multiple of 256 bytes: nothing next to the weights of a real model, two or three per cent of
+    these small ones.
+    """
+    tensors = {
+        id(t): align(t.numel() * t.itemsize)
+        for m in pipe.components.values()
+        if isinstance(m, torch.nn.Module)
+        for t in (*m.parameters(), *m.buffers())
+    }
+    return sum(tensors.values())

@@ -1,0 +1,114 @@
+"""The main claim, on every pipeline: same line, same images bit for bit, no more memory, nothing copied back."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import DEVICE, SEEDS, assert_same, images_of, resident, settle, weight_nbytes
+
+from prefetch_offload.testing.pipelines import CASES
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+NAMES = [n for n in CASES if n != "sdxl-upcast"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_same_images_and_no_weights_back(name: str, dtype: torch.dtype, sim: Any, enable: Any) -> None:
+    expected = resident(name, dtype)
+    pipe = CASES[name].build(dtype=dtype)
+    nbytes = weight_nbytes(pipe)
+    offload = enable(pipe)
+    later = []
+    for seed in SEEDS:
+        before = offload.stats.h2d_nbytes
+        assert_same([np.asarray(CASES[name].call(pipe, seed=seed))], [expected[seed]])
+        later.append(offload.stats.h2d_nbytes - before)
+    stats = offload.stats
+    assert stats.d2h_nbytes == 0
+    assert 0 < later[0] <= nbytes, "each unit travels at most once in the first call"
+    assert later[1:] == [0, 0], "with a budget that holds everything, later calls copy nothing"
+    assert all(p.device.type == "cpu" for p in _offloaded_parameters(pipe))
+
+
+def _offloaded_parameters(pipe: Any) -> list[torch.Tensor]:
+    modules = [m for n, m in pipe.components.items() if isinstance(m, torch.nn.Module) and n not in pipe._exclude_from_cpu_offload]
+    return [t for m in modules for t in (*m.parameters(), *m.buffers())]
+
+
+def _stock_peak(name: str, sim: Any) -> int:
+    pipe = CASES[name].build()
+    pipe.enable_model_cpu_offload(device=DEVICE)
+    images_of(name, pipe)
+    settle(sim)
+    sim.reset()
+    CASES[name].call(pipe, seed=0)
+    return int(sim.counters()["high_water"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stock_budget_never_takes_more_memory_than_stock(name: str, sim: Any, enable: Any) -> None:
+    expected = resident(name, torch.float32)
+    gc.collect()
+    stock = _stock_peak(name, sim)
+    settle(sim)
+    pipe = CASES[name].build()
+    enable(pipe, budget="stock", unit_min=64 << 10, unit_max=512 << 10)
+    for seed in SEEDS:
+        sim.reset()
+        assert_same([np.asarray(CASES[name].call(pipe, seed=seed))], [expected[seed]])
+        assert sim.counters()["high_water"] <= stock, f"call {seed}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_disable_leaves_the_device_as_it_was(name: str, sim: Any, enable: Any) -> None:
+    pipe = CASES[name].build()
+    settle(sim)
+    before = sim.counters()["allocated"]
+    cls = type(pipe)
+    offload = enable(pipe)
+    CASES[name].call(pipe, seed=0)
+    kept_by_pipeline = _unhooked_bytes(pipe)
+    offload.disable()
+    settle(sim)
+    assert sim.counters()["allocated"] - before <= kept_by_pipeline
+    assert type(pipe) is cls
+    assert all(not hasattr(m, "_hf_hook") for m in pipe.components.values() if isinstance(m, torch.nn.Module))
+    assert all(p.device.type == "cpu" for p in _offloaded_parameters(pipe))
+
+
+def _unhooked_bytes(pipe: Any) -> int:
+    """Device tensors that are nobody's parameter or buffer: a scheduler's sigmas, a model's cached tables."""
+    gc.collect()
+    owned = {t.data_ptr() for t in _offloaded_parameters(pipe)}
+    found = {
+        t.untyped_storage().data_ptr(): -(-t.untyped_storage().nbytes() // 512) * 512
+        for t in gc.get_objects()
+        if type(t) in (torch.Tensor,) and t.device.type == DEVICE and t.data_ptr() not in owned
+    }
+    units = {
+        u.bytes.untyped_storage().data_ptr()
+        for c in pipe.__dict__["_prefetch_offload"]._session.client.components.values()
+        for u in c.units
+        if getattr(u, "bytes", None) is not None
+    }
+    return sum(n for p, n in found.items() if p not in units)
+
+
+def test_upcast_vae_in_fp16(sim: Any, enable: Any) -> None:
+    """SDXL casts its VAE to fp32 on the host and back to fp16 on the device, in every call."""
+    expected = resident("sdxl-upcast", torch.float16)
+    pipe = CASES["sdxl-upcast"].build()
+    vae_nbytes = sum(p.numel() * p.itemsize for p in pipe.vae.parameters())
+    offload = enable(pipe)
+    assert_same(images_of("sdxl-upcast", pipe), expected)
+    assert all(p.dtype == torch.float16 and p.device.type == "cpu" for p in pipe.vae.parameters())
+    # What the model changed on the device comes back once a call, and nothing else does.
+    assert 0 < offload.stats.d2h_nbytes <= 3 * vae_nbytes
+    pinned = offload.stats.pinned_nbytes
+    assert_same(images_of("sdxl-upcast", pipe), expected)
+    assert offload.stats.pinned_nbytes == pinned, "slabs are kept over the cast and back"
