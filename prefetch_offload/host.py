@@ -129,6 +129,7 @@ class Pins:
         self._lock = threading.Lock()
         self._ring: Ring | None = None
         self._refused = False
+        self._ring_refused = False
         module = torch.get_device_module(device)
         self._cudart = module.cudart() if hasattr(module, "cudart") else None
 
@@ -190,12 +191,12 @@ class Pins:
     def ring(self) -> Ring | None:
         """The staging ring, made at its first use; None when not even that can be pinned."""
         with self._lock:
-            if self._ring is None and self._enabled:
+            if self._ring is None and not self._ring_refused:
                 try:
                     self._ring = Ring(self._staging)
                     self.nbytes += self._ring.nbytes
                 except RuntimeError:
-                    self._enabled = False
+                    self._ring_refused = True
             return self._ring
 
     def release_ring(self) -> None:

@@ -1,0 +1,196 @@
+"""Failing well: whatever goes wrong in a call, never a wrong image, always a working next call, nothing kept."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_same, resident, settle
+
+import prefetch_offload
+from prefetch_offload.testing.pipelines import CASES
+
+CASE = CASES["flux"]
+COMPONENTS = ("text_encoder", "text_encoder_2", "transformer", "vae")
+PACKAGE = str(Path(prefetch_offload.__file__).parent)
+
+
+def call(pipe: Any, seed: int = 0) -> np.ndarray:
+    return np.asarray(CASE.call(pipe, seed=seed, steps=1))
+
+
+@pytest.fixture(scope="module")
+def truth(ext: Any) -> np.ndarray:
+    return call(CASE.build().to("simgpu"))
+
+
+class _Boom(RuntimeError):
+    pass
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("error", [_Boom, KeyboardInterrupt])
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_exception_in_a_component(name: str, error: type, when: str, truth: Any, enable: Any) -> None:
+    pipe = CASE.build()
+    offload = enable(pipe)
+    module = getattr(pipe, name)
+    target = module.decoder if name == "vae" else module  # a forward hook fires on calls, not on decode
+
+    def fail(*args: Any) -> None:
+        raise error("in the middle")
+
+    handle = target.register_forward_pre_hook(fail) if when == "before" else target.register_forward_hook(fail)
+    with pytest.raises(error, match="in the middle"):
+        call(pipe)
+    handle.remove()
+    assert all(p.device.type == "cpu" for m in COMPONENTS for p in getattr(pipe, m).parameters())
+    assert_same([call(pipe)], [truth])
+    assert all(p.device.type == "cpu" for m in COMPONENTS for p in getattr(pipe, m).parameters())
+    assert offload.stats.d2h_nbytes == 0
+
+
+@pytest.mark.parametrize("budget", [None, "stock"])
+def test_allocation_failure_at_every_index(budget: Any, truth: Any, sim: Any, enable: Any) -> None:
+    pipe = CASE.build()
+    offload = enable(pipe, budget=budget, unit_min=4096, unit_max=128 << 10, verify=False)
+    sim.reset()
+    assert_same([call(pipe)], [truth])
+    first, saved, raised = int(sim.counters()["allocs"]), 0, 0
+    stride = 1 if budget is None else 3
+    for index in range(0, first, stride):
+        offload.release()
+        sim.fail_allocation(index)
+        try:
+            assert_same([call(pipe)], [truth])
+            saved += 1
+        except torch.OutOfMemoryError:
+            raised += 1
+        sim.fail_allocation(-1)
+        if index % 7 == 0:
+            assert_same([call(pipe)], [truth])
+        offload._engine.residency.validate()
+    assert_same([call(pipe)], [truth])
+    assert offload.stats.counts["ladder"] > 0
+    # What fails inside of a component is tried again; only what fails in the pipeline's own code comes out.
+    assert saved > 4 * raised
+
+
+def test_running_out_of_memory_for_good_says_why(truth: Any, sim: Any, enable: Any) -> None:
+    pipe = CASE.build()
+    offload = enable(pipe)
+    settle(sim)
+    sim.configure(sim.counters()["allocated"] + (100 << 10), 0, 0, 0)
+    with pytest.raises(torch.OutOfMemoryError, match=r"prefetch_offload: .* needs .* MiB for its weights.* are free"):
+        call(pipe)
+    sim.configure(1 << 50, 0, 0, 0)
+    assert_same([call(pipe)], [truth])
+    assert offload.stats.counts["ladder"] > 0
+
+
+def test_a_tight_device_is_survived_and_planned_for(truth: Any, sim: Any, enable: Any) -> None:
+    """More is resident than fits together with activations: the ladder makes room, and later calls do not need it."""
+    pipe = CASE.build()
+    offload = enable(pipe, reserve=1)
+    sim.reset()
+    call(pipe)
+    peak = sim.counters()["high_water"]
+    offload.release()
+    settle(sim)
+    sim.configure(int(peak * 0.9), 0, 0, 0)
+    assert_same([call(pipe)], [truth])
+    assert_same([call(pipe)], [truth])
+    before = offload.stats.counts.get("ladder", 0)
+    assert_same([call(pipe)], [truth])
+    assert offload.stats.counts.get("ladder", 0) == before
+    sim.configure(1 << 50, 0, 0, 0)
+
+
+def test_device_generator_is_restored_before_the_second_try(sim: Any, enable: Any) -> None:
+    """A component that draws random numbers on the device draws the same ones again."""
+    pipe = CASE.build()
+    enable(pipe)
+    drawn = []
+
+    def draw(*args: Any) -> None:
+        drawn.append(torch.rand(4, device="simgpu").cpu())
+        if len(drawn) == 1:
+            raise torch.OutOfMemoryError("simgpu out of memory")
+
+    handle = pipe.transformer.register_forward_pre_hook(draw)
+    call(pipe)
+    handle.remove()
+    assert len(drawn) == 2 and torch.equal(drawn[0], drawn[1])
+
+
+def test_no_second_try_with_gradients(sim: Any, enable: Any) -> None:
+    pipe = CASE.build()
+    enable(pipe)
+    tries = []
+
+    def fail(*args: Any) -> None:
+        tries.append(1)
+        raise torch.OutOfMemoryError("simgpu out of memory")
+
+    handle = pipe.text_encoder.register_forward_pre_hook(fail)
+    with torch.enable_grad(), pytest.raises(torch.OutOfMemoryError):
+        pipe.text_encoder(torch.ones(1, 8, dtype=torch.long))
+    handle.remove()
+    assert len(tries) == 1
+
+
+def _interrupt_at(number: int) -> Any:
+    """A trace function that raises KeyboardInterrupt at line `number` of this package, counted over the run."""
+    count = 0
+
+    def local(frame: Any, event: str, arg: Any) -> Any:
+        nonlocal count
+        if event == "line":
+            count += 1
+            if count == number:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return local
+
+    def outer(frame: Any, event: str, arg: Any) -> Any:
+        name = frame.f_code.co_filename
+        return local if name.startswith(PACKAGE) and "testing" not in name else None
+
+    outer.count = lambda: count  # type: ignore[attr-defined]
+    return outer
+
+
+def test_interrupt_at_any_line(truth: Any, sim: Any, enable: Any) -> None:
+    """Ctrl-C between any two lines of the engine: the call fails, the next one gives the right image."""
+    pipe = CASE.build()
+    offload = enable(pipe, unit_min=4096, unit_max=128 << 10, verify=False)
+    call(pipe)
+    offload.release()
+    counter = _interrupt_at(-1)
+    sys.settrace(counter)
+    try:
+        call(pipe)
+    finally:
+        sys.settrace(None)
+    lines = counter.count()
+    assert lines > 1000
+    rng = np.random.default_rng(0)
+    for number in sorted(int(n) for n in rng.integers(1, lines, size=120)):
+        offload.release()
+        sys.settrace(_interrupt_at(number))
+        try:
+            image = call(pipe)
+        except KeyboardInterrupt:
+            image = None
+        finally:
+            sys.settrace(None)
+        if image is not None:
+            assert_same([image], [truth])
+        assert_same([call(pipe)], [truth])
+        offload._engine.residency.validate()
+    assert offload.stats.d2h_nbytes == 0
+    assert_same([np.asarray(CASE.call(pipe, seed=1))], [resident("flux", torch.float32)[1]])
