@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 
 import torch
@@ -42,7 +43,7 @@ def needs_native_move(module: nn.Module) -> bool:
 
 @dataclasses.dataclass
 class _Shared:
-    """Masters whose bytes overlap in one storage, and the range [lo, hi) of it that they cover."""
+    """Masters whose bytes overlap, and the range [lo, hi) of addresses that they cover."""
 
     lo: int
     hi: int
@@ -50,23 +51,25 @@ class _Shared:
 
 
 def _shared_ranges(masters: list[Master]) -> list[_Shared]:
-    """Group masters that overlap in memory; in the order of their first member."""
-    by_storage: dict[int, list[Master]] = {}
-    for master in masters:
-        by_storage.setdefault(master.tensor.untyped_storage().data_ptr(), []).append(master)
+    """Group masters that overlap in memory; in the order of their first member.
+
+    By address, not by storage: in a slab each tensor has a storage of its own, overlapping or not.
+    """
     ranges: dict[int, _Shared] = {}
-    for members in by_storage.values():
-        current: _Shared | None = None
-        for master in sorted(members, key=lambda m: m.tensor.storage_offset() * m.tensor.itemsize):
-            lo = master.tensor.storage_offset() * master.tensor.itemsize
-            hi = lo + span_nbytes(master.tensor)
-            if current is None or lo >= current.hi:
-                # From a multiple of 16, so that a wider type further on stays aligned in its slab.
-                current = _Shared(lo // 16 * 16 if len(members) > 1 else lo, hi, [])
-            current.hi = max(current.hi, hi)
-            current.members.append(master)
-            ranges[id(master)] = current
-    return list({id(r): r for m in masters for r in [ranges[id(m)]]}.values())
+    current: _Shared | None = None
+    for master in sorted(masters, key=lambda m: m.tensor.data_ptr()):
+        lo = master.tensor.data_ptr()
+        hi = lo + span_nbytes(master.tensor)
+        if current is None or lo >= current.hi:
+            current = _Shared(lo, hi, [])
+        current.hi = max(current.hi, hi)
+        current.members.append(master)
+        ranges[id(master)] = current
+    found = list({id(r): r for m in masters for r in [ranges[id(m)]]}.values())
+    for shared in found:
+        # From a multiple of 16, so that a wider type further on stays aligned in its slab. It is of the same page.
+        shared.lo -= shared.lo % 16 if len(shared.members) > 1 else 0
+    return found
 
 
 def build_units(prefix: str, masters: list[Master], settings: Settings, pins: Pins) -> list[Unit]:
@@ -113,10 +116,9 @@ def build_units(prefix: str, masters: list[Master], settings: Settings, pins: Pi
 
 def _move(shared: _Shared, slab: Slab, offset: int) -> None:
     nbytes = shared.hi - shared.lo
-    first = shared.members[0].tensor
     with torch.inference_mode(False), torch.no_grad():
-        source = torch.empty(0, dtype=torch.uint8).set_(first.untyped_storage(), shared.lo, (nbytes,), (1,))
+        source = torch.frombuffer((ctypes.c_char * nbytes).from_address(shared.lo), dtype=torch.uint8)
         slab.view(offset, nbytes).copy_(source)
-        starts = [m.tensor.storage_offset() * m.tensor.itemsize - shared.lo for m in shared.members]
+        starts = [m.tensor.data_ptr() - shared.lo for m in shared.members]
         for master, start in zip(shared.members, starts, strict=True):
             master.settle(slab, offset + start)

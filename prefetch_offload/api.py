@@ -45,7 +45,7 @@ def enable(
         SettingError: an unknown setting, or a value that cannot be used.
         UnsupportedError: a tensor that cannot be offloaded, or something that is not a diffusers pipeline.
         ValueError, RuntimeError, ImportError: what `enable_model_cpu_offload` raises, for the same reasons.
-        Whatever is raised, no component is left hooked.
+        Whatever is raised, a pipeline that was not enabled is left as it was, and none is left half enabled.
     """
     made = Settings.make(budget, **settings)
     if not isinstance(pipe, DiffusionPipeline):
@@ -65,14 +65,15 @@ def apply(pipe: DiffusionPipeline, gpu_id: int | None, device: torch.device | st
 
     diffusers' own method runs, with its own refusals, and asks for our hooks instead of accelerate's.
     """
+    arguments = {k: v for k, v in (("gpu_id", gpu_id), ("device", device)) if v is not None}
+    adapter.refuse_as_stock(pipe, arguments)  # its reasons first, and before anything has been changed
     for name, module in pipe.components.items():
-        if isinstance(module, nn.Module):
+        if isinstance(module, nn.Module) and not adapter.is_sequential(module):
             check_tensors(name, module)
     check_budget(pipe, settings)
     before = adapter.offload_of(pipe)
     base = adapter.base_class(pipe)
     session = _session(before, settings)
-    arguments = {k: v for k, v in (("gpu_id", gpu_id), ("device", device)) if v is not None}
     with rehooking() as finish:
         if before is not None:
             before.show_masters()

@@ -97,10 +97,8 @@ class Component:
             if entries.get(key) is not master.tensor:
                 return False
         for master in self._masters.values():
-            if master.tensor.data_ptr() != master.ptr:
-                return False
-            home = master.home
-            if home is not None and master.tensor.dtype != home.dtype:
+            tensor = master.tensor
+            if tensor.data_ptr() != master.ptr or tensor.dtype is not master.dtype:
                 return False
         return True
 
@@ -194,27 +192,23 @@ class Component:
         """Units whose master was written in place since it was last looked at; looks at them."""
         found = []
         for unit in self.units:
-            stale = False
-            for master in unit.masters:
-                if version_of(master.tensor) != master.version:
-                    master.look()
-                    stale = True
-            if stale:
+            written = [m for m in unit.masters if version_of(m.tensor) != m.version]
+            for master in written:
+                master.look()
+            if written:
                 found.append(unit)
         return found
 
     # ------------------------------------------------------------------- binding
     def bind(self) -> None:
         """Let the modules show the twins. Every unit is on the device and compute waits for its copy."""
-        for master in self._masters.values():
-            twin, tensor = master.twin, master.tensor
-            assert twin is not None, f"{self.key}: {master.name} has no twin"
-            if twin.requires_grad != tensor.requires_grad:
-                twin.requires_grad_(tensor.requires_grad)
-            master.twin_ptr, master.twin_version = twin.data_ptr(), twin._version
         self.bound = True
         for entries, key, master in self._slots:
-            entries[key] = master.twin
+            twin = master.twin
+            assert twin is not None, f"{self.key}: {master.name} has no twin"
+            if twin.requires_grad is not master.tensor.requires_grad:
+                twin.requires_grad_(master.tensor.requires_grad)
+            entries[key] = twin
         self._after_swap()
         self._merged = [(m, tuple(m.merged_adapters)) for m in self._peft]
 
@@ -281,6 +275,7 @@ class Component:
                     self.d2h_nbytes += shown.nbytes
                     master.look()
                     written.add(id(master))
+                    master.twin_version = shown._version
                     if moved:
                         moved_away.add(id(master))
                         master.twin = master.twin_data = None  # no longer a view into its unit: made anew when next needed

@@ -33,6 +33,7 @@ class Client:
         components: the pipeline's, by key.
         order: the order in which its calls enter components.
         memory: its budget and what its components were measured to need.
+        calls: how many calls have ended.
         calling: depth of pipeline calls in progress.
         entered: components entered in this call, by key.
     """
@@ -42,6 +43,7 @@ class Client:
         self.components: dict[str, Component] = {}
         self.order = CallOrder()
         self.memory = Memory(settings.budget)
+        self.calls = 0
         self.calling = 0
         self.entered: set[str] = set()
         self.shapes: dict[str, object] = {}
@@ -183,6 +185,7 @@ class Engine:
         for unit in units:
             self._forget_unit(unit)
         del self.components[key]
+        self.recorder.totals.pop(key, None)
         for thread in [t for t, current in self.current.items() if current == key]:
             del self.current[thread]
         if not self.components:
@@ -214,7 +217,7 @@ class Engine:
                 if unit.key not in self.units:
                     self.units[unit.key] = unit
                     self.residency.add_unit(unit.key, unit.nbytes, unit.prefetchable)
-                    self.recorder.owner[unit.key] = component.name
+                    self.recorder.owner[unit.key] = (component.key, component.name)
             self._register(component)
         stale = component.written()
         if component.settings.fingerprints:
@@ -255,6 +258,7 @@ class Engine:
                 self._unbind(previous)
             client.entered.add(component.key)
             if switched:
+                self.recorder.left()
                 client.order.enter(component.key)
             self.current[thread] = component.key
             shape = (component.key, shape)
@@ -267,7 +271,7 @@ class Engine:
                 component.bind()
             component.stream_id = self.lanes.compute().stream_id
             self._start_segment(thread, client, component, shape)
-            self.recorder.entered(component.name, self.residency.held_nbytes)
+            self.recorder.entered(component.key, component.name, self.residency.held_nbytes)
 
     def _client(self, component: Component) -> Client:
         stack = self._calls.get(threading.get_ident())
@@ -325,9 +329,8 @@ class Engine:
         needed = [i for i in instructions if not (isinstance(i, Load) and i.unit in ahead)]
         later = [i for i in instructions if isinstance(i, Load) and i.unit in ahead]
         missing = sum(isinstance(i, Load) for i in needed)
-        name = component.name
-        self.recorder.met(name, len(component.units) - missing, missing)
-        with self.recorder.stall(name, needed):
+        self.recorder.met(component.key, len(component.units) - missing, missing)
+        with self.recorder.stall(component.key, component.name, needed):
             self._run(needed, later)
             for unit in component.units:
                 self.transport.wait(unit)  # for a stream that has not waited for it yet
@@ -415,7 +418,7 @@ class Engine:
                 client.order.start()
                 client.entered.clear()
                 client.available = 0
-                self.recorder.call_started()
+                self.recorder.call_started(f"call {client.calls + 1}")
                 if not self.residency.held_nbytes or not client.memory.activations:
                     self.baseline = max(0, self.lanes.allocated_nbytes() - self.residency.held_nbytes)
                 for component in client.components.values():
@@ -461,6 +464,7 @@ class Engine:
                 return
             client.entered.clear()
             client.available = 0
+            client.calls += 1
             self.recorder.call_ended(failed)
             if failed:
                 client.order.start()

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import accelerate.hooks
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
@@ -25,9 +26,13 @@ from .hazards import Hazard
 
 
 def hook_of(module: Any) -> CpuOffload | None:
-    """Our hook on a module, compiled or not."""
-    hook = unwrap(module).__dict__.get("_hf_hook") if isinstance(module, nn.Module) else None
-    return hook if type(hook) is CpuOffload else None
+    """Our hook on a module, compiled or not; also when someone chained another one to it."""
+    hooks = [unwrap(module).__dict__.get("_hf_hook")] if isinstance(module, nn.Module) else []
+    for hook in hooks:
+        if type(hook) is CpuOffload:
+            return hook
+        hooks += getattr(hook, "hooks", ())  # accelerate's SequentialHook
+    return None
 
 
 class Offload:
@@ -148,7 +153,7 @@ class Offload:
         heir = self._engine.heir(component, client) if component is not None else None
         if heir is None:
             hook.detach_hook(module)
-            unwrap(module).__dict__.pop("_hf_hook", None)
+            accelerate.hooks.remove_hook_from_module(unwrap(module))  # chained ones go, too, as when stock removes them
             return
         assert component is not None
         hook.session = dataclasses.replace(self._session, client=heir, settings=heir.settings)
@@ -178,33 +183,62 @@ class Offload:
         """Hook components that came, or lost their hook, without going through the pipeline's attributes."""
         pipe = self._pipe()
         assert pipe is not None
+        known = self._session.client.components
         for name, module in pipe.components.items():
-            if isinstance(module, nn.Module) and hook_of(module) is None:
+            if not isinstance(module, nn.Module):
+                continue
+            hook = hook_of(module)
+            if hook is None:
                 self.replaced(name, None, module)
+            elif hook.component is not None:  # maybe hooked by a pipeline that shares it, enabled after this one
+                known.setdefault(hook.component.key, hook.component)
 
     def replaced(self, name: str, before: nn.Module | None, after: Any) -> None:
         """The pipeline's component `name` is `after` now."""
         pipe = self._pipe()
         assert pipe is not None
         inner = unwrap(after) if isinstance(after, nn.Module) else None
-        if before is not None and unwrap(before) is not inner and not any(m is before for m in pipe.components.values()):
+        gone = before is not None and unwrap(before) is not inner and not any(m is before for m in pipe.components.values())
+        leaving = [m for m in (inner, unwrap(before) if gone and before is not None else None) if m is not None]
+        old = next((h for h in pipe._all_hooks if unwrap(h.model) in leaving), None)
+        if gone and before is not None:
             hook = hook_of(before)
             if hook is not None:
-                pipe._all_hooks = [h for h in pipe._all_hooks if h.hook is not hook]
                 if hook.component is not None:
                     self._session.client.order.forget(hook.component.key)
                     self._engine.evict([hook.component])
                 self._unhook(before)
         if inner is None or name in pipe._exclude_from_cpu_offload:
+            if gone:
+                _stand_in(pipe, old, None)
             return
         hook = hook_of(after)
         if hook is not None:
-            attach(after, hook)  # the same component, compiled by now, or another pipeline's
+            if inner.__dict__.get("_hf_hook") is hook:
+                attach(after, hook)  # the same component, compiled by now, or another pipeline's
             if hook.component is not None:
                 self._session.client.components[hook.component.key] = hook.component
+            _stand_in(pipe, old, accelerate.hooks.UserCpuOffloadHook(after, hook))
             return
         check_tensors(name, after)
+        if type(getattr(inner, "_hf_hook", None)) is accelerate.hooks.CpuOffload:  # made from ours, by its class's name
+            accelerate.hooks.remove_hook_from_module(inner)
         if getattr(inner, "_hf_hook", None) is None:
             after.to("cpu")
-        _, user_hook = adapter.hook_component(self._session, pipe, after, self.device, None)
-        pipe._all_hooks.append(user_hook)
+        previous = old.hook.prev_module_hook if old is not None else None
+        _, user_hook = adapter.hook_component(self._session, pipe, after, self.device, previous)
+        _stand_in(pipe, old, user_hook)
+
+
+def _stand_in(pipe: DiffusionPipeline, old: Any, new: Any) -> None:
+    """`new` (None: nobody) takes the place of the user hook `old` (None: the end) in the pipeline's list and chain."""
+    hooks = pipe._all_hooks
+    if old is None:
+        if new is not None:
+            hooks.append(new)
+        return
+    i = hooks.index(old)
+    hooks[i : i + 1] = [new] if new is not None else []
+    for other in hooks:
+        if other.hook.prev_module_hook is old:
+            other.hook.prev_module_hook = new if new is not None else old.hook.prev_module_hook

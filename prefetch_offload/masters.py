@@ -40,7 +40,7 @@ def is_plain(tensor: torch.Tensor) -> bool:
     )
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, slots=True)
 class Master:
     """One live host tensor, however many modules show it (tied parameters are one master).
 
@@ -50,10 +50,10 @@ class Master:
         name: its first qualified name.
         slots: (dictionary, key) of every place that shows it.
         home: its view in a slab, kept so that the address cannot be reused while it is compared; None when carried.
-        ptr, version: where its data lay and its version when last looked at.
+        ptr, version, dtype: where its data lay, its version and its type when last looked at.
         twin: what the modules show while the component runs; None until first needed.
         twin_data: the twin's view into its unit's device bytes, should something else be put into the twin.
-        twin_ptr, twin_version: as `ptr` and `version`, of the twin, when bound.
+        twin_ptr, twin_version: as `ptr` and `version`, of the twin, when its unit was loaded or it was last written back.
     """
 
     tensor: torch.Tensor
@@ -62,14 +62,16 @@ class Master:
     home: torch.Tensor | None = None
     ptr: int = 0
     version: int = 0
+    dtype: torch.dtype = torch.float32
     twin: torch.Tensor | None = None
     twin_data: torch.Tensor | None = None
     twin_ptr: int = 0
     twin_version: int = 0
 
     def look(self) -> None:
-        """Remember where the data lies and which version it is."""
-        self.ptr, self.version = self.tensor.data_ptr(), version_of(self.tensor)
+        """Remember where the data lies, which version and of which type it is."""
+        tensor = self.tensor
+        self.ptr, self.version, self.dtype = tensor.data_ptr(), version_of(tensor), tensor.dtype
 
     @property
     def in_place(self) -> bool:
@@ -91,8 +93,9 @@ class Master:
             twin = data
             if twin.requires_grad != self.tensor.requires_grad and twin.is_leaf:
                 twin.requires_grad_(self.tensor.requires_grad)
-        if self.tensor.__dict__ and type(twin) is type(self.tensor):
-            twin.__dict__.update(self.tensor.__dict__)
+        if type(twin) is type(self.tensor):
+            for name, value in self.tensor.__dict__.items():
+                twin.__dict__.setdefault(name, value)  # a subclass has moved its inner tensors already
         return twin
 
     def settle(self, slab: Slab, offset: int) -> None:
@@ -202,10 +205,13 @@ class SlabUnit(Unit):
                 self.bytes = torch.empty(self.slab.nbytes, dtype=torch.uint8, device=device)
             else:
                 self.bytes.untyped_storage().resize_(self.slab.nbytes)
+            base = self.bytes.data_ptr()
             for master, offset in zip(self.masters, self._offsets, strict=True):
                 if master.twin is None:
                     master.twin_data = self._view(master.tensor, offset)
                     master.twin = master.wrap(master.twin_data.detach())
+                    master.twin_version = master.twin._version
+                master.twin_ptr = base + offset
 
     def _view(self, tensor: torch.Tensor, offset: int) -> torch.Tensor:
         assert self.bytes is not None
@@ -258,7 +264,7 @@ class CarriedUnit(Unit):
                 else:
                     made.append(master.wrap(tensor.to(device)))
         for master, twin in zip(self.masters, made, strict=True):
-            master.twin = twin
+            master.twin, master.twin_ptr, master.twin_version = twin, twin.data_ptr(), version_of(twin)
 
     def free(self) -> None:
         self.abandon()

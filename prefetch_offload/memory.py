@@ -68,7 +68,7 @@ def pinnable_nbytes() -> int:
     Pinned memory cannot be swapped or reclaimed, so 2 GiB or a tenth, whichever is more, is left to everyone else. Masters
     that are pinned replace weights that were in memory already, so the measure is what exists, not what is free now.
     """
-    total = psutil.virtual_memory().total
+    total: int = psutil.virtual_memory().total
     limit = cgroup_limit()
     if limit is not None:
         total = min(total, limit[0])

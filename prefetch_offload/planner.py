@@ -79,8 +79,8 @@ def plan_entry(
     own = frozenset(view.components[component]) if component is not None else frozenset()
     distance = distances(view, upcoming)
     order = {u: i for units in view.components.values() for i, u in enumerate(units)}
-    # Farthest first; of one component the last units first, so that what stays is the part it reads first. The name decides
-    # between components that are equally far: sets have an order of their own in every process.
+    # Farthest first; of one component the last units first, so that what stays is the part it reads first. Between
+    # components that are equally far the name decides: sets have an order of their own in every process.
     victims = sorted(
         (u for u in view.held if u not in own and u not in protected),
         key=lambda u: (distance[u], order.get(u, 0), u),

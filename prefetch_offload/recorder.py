@@ -46,15 +46,14 @@ class Recorder:
 
     Attributes:
         counts: how often something noteworthy happened (``ladder``, ``prefetch refused``).
-        totals: by component name.
+        totals: by component key.
     """
 
     def __init__(self, lanes: Lanes) -> None:
         self._lanes = lanes
         self.counts: Counter[str] = Counter()
         self.totals: dict[str, ComponentTotals] = {}
-        self.owner: dict[str, str] = {}  # unit key -> component name
-        self.calls = 0
+        self.owner: dict[str, tuple[str, str]] = {}  # unit key -> its component's key and name
         self._marks: deque[_Mark] = deque(maxlen=KEPT)
         self._levels: deque[tuple[torch.Event, int]] = deque(maxlen=KEPT)
         self._run: _Mark | None = None
@@ -73,58 +72,58 @@ class Recorder:
     def count(self, what: str) -> None:
         self.counts[what] += 1
 
-    def call_started(self) -> None:
-        self._call = _Mark("calls", f"call {self.calls + 1}", self._now(), None)
+    def call_started(self, name: str) -> None:
+        self._call = _Mark("calls", name, self._now(), None)
 
     def call_ended(self, failed: bool) -> None:
-        self._close_run()
-        self.calls += 1
+        self.left()
         if self._call is not None:
             self._call.end = self._now()
             self._call.args["failed"] = failed
             self._marks.append(self._call)
             self._call = None
 
-    def entered(self, name: str, held_nbytes: int) -> None:
-        """`name` runs from now on; weights take `held_nbytes` on the device."""
-        self._close_run()
+    def entered(self, key: str, name: str, held_nbytes: int) -> None:
+        """Component `key`, called `name`, runs from now on; weights take `held_nbytes` on the device."""
+        self.left()
         now = self._now()
-        self._run = _Mark("compute", name, now, None)
+        self._run = _Mark("compute", name, now, None, {"component": key})
         self._levels.append((now, held_nbytes))
-        self.of(name).entries += 1
+        self.of(key).entries += 1
 
-    def _close_run(self) -> None:
+    def left(self) -> None:
+        """What ran last does so no more: another component is being entered, or the call is over."""
         if self._run is not None:
             self._run.end = self._now()
             self._marks.append(self._run)
             self._run = None
 
-    def of(self, name: str) -> ComponentTotals:
-        """The totals of component `name`."""
-        return self.totals.setdefault(name, ComponentTotals())
+    def of(self, key: str) -> ComponentTotals:
+        """The totals of component `key`."""
+        return self.totals.setdefault(key, ComponentTotals())
 
-    def met(self, name: str, hits: int, misses: int) -> None:
-        """On entering `name`, so many of its units were there or on their way, and so many were not."""
-        totals = self.of(name)
+    def met(self, key: str, hits: int, misses: int) -> None:
+        """On entering component `key`, so many of its units were there or on their way, and so many were not."""
+        totals = self.of(key)
         totals.hits += hits
         totals.misses += misses
 
     def copied(self, flight: Flight, ahead: bool) -> None:
         """A unit's copy was enqueued; `ahead` of use, or because it is needed now."""
-        name = self.owner.get(flight.unit.key, flight.unit.key)
-        self.of(name).h2d_nbytes += flight.unit.payload_nbytes
-        args = {"unit": flight.unit.key, "nbytes": flight.unit.payload_nbytes, "prefetch": ahead}
+        key, name = self.owner[flight.unit.key]
+        self.of(key).h2d_nbytes += flight.unit.payload_nbytes
+        args = {"component": key, "unit": flight.unit.key, "nbytes": flight.unit.payload_nbytes, "prefetch": ahead}
         self._marks.append(_Mark("copy", name, flight.start, flight.ready, dict(args)))
 
     @contextlib.contextmanager
-    def stall(self, name: str, instructions: Sequence[Instruction]) -> Iterator[None]:
-        """Around the waits before `name` runs: the time compute waits for copies is exposed transfer."""
+    def stall(self, key: str, name: str, instructions: Sequence[Instruction]) -> Iterator[None]:
+        """Around the waits before component `key` runs: the time compute waits for copies is exposed transfer."""
         if not any(isinstance(i, Await) for i in instructions):
             yield
             return
         before = self._now()
         yield
-        self._marks.append(_Mark("stalls", name, before, self._now()))
+        self._marks.append(_Mark("stalls", name, before, self._now(), {"component": key}))
 
     # ----------------------------------------------------------------- figures
     def timeline(self, simulated: bool) -> Timeline:

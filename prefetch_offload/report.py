@@ -120,7 +120,7 @@ def collect(engine: Engine, client: Client) -> Stats:
     recorder = engine.recorder
     components = []
     for component in client.components.values():
-        totals = recorder.of(component.name)
+        totals = recorder.of(component.key)
         known = [a for (key, _), a in client.memory.activations.items() if key == component.key]  # type: ignore[misc]
         components.append(
             ComponentStats(
@@ -132,19 +132,19 @@ def collect(engine: Engine, client: Client) -> Stats:
                 hits=totals.hits,
                 misses=totals.misses,
                 h2d_nbytes=totals.h2d_nbytes,
-                copy_ms=_on(timeline, "copy", component.name),
-                exposed_ms=_on(timeline, "stalls", component.name),
-                compute_ms=_on(timeline, "compute", component.name),
+                copy_ms=_on(timeline, "copy", component.key),
+                exposed_ms=_on(timeline, "stalls", component.key),
+                compute_ms=_on(timeline, "compute", component.key),
             )
         )
-    copies = [s for s in timeline.spans if s.track == "copy"]
+    copies = [s for s in timeline.spans if s.track == "copy" and s.args["component"] in client.components]
     copy_ms = busy_ms(copies)
     moved = sum(int(s.args["nbytes"]) for s in copies)
     return Stats(
         device=str(engine.device),
         simulated=timeline.simulated,
         budget=client.settings.budget,
-        calls=recorder.calls,
+        calls=client.calls,
         components=tuple(components),
         h2d_nbytes=sum(c.h2d_nbytes for c in components),
         d2h_nbytes=sum(c.d2h_nbytes for c in client.components.values()),
@@ -156,8 +156,8 @@ def collect(engine: Engine, client: Client) -> Stats:
     )
 
 
-def _on(timeline: Timeline, track: str, name: str) -> float:
-    return busy_ms(s for s in timeline.spans if s.track == track and s.name == name)
+def _on(timeline: Timeline, track: str, key: str) -> float:
+    return busy_ms(s for s in timeline.spans if s.track == track and s.args.get("component") == key)
 
 
 def table(stats: Stats) -> Table:

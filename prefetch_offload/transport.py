@@ -107,9 +107,10 @@ class Transport:
             self.lanes.note("read", compute, unit.key)
 
     def reads(self, unit: Unit) -> None:
-        """Tell the checker that the caller's stream may go on reading the unit."""
+        """Tell the checker that every stream that waited for the unit may have read it up to now."""
         if isinstance(unit, SlabUnit):
-            self.lanes.note("read", self.lanes.compute(), unit.key)
+            for stream in self.flights[unit.key].readers.values():
+                self.lanes.note("read", stream, unit.key)
 
     def drop(self, unit: Unit) -> None:
         """Free the unit's device memory behind its copy and its last use, without waiting on the host."""

@@ -29,7 +29,10 @@ DEVICE = "simgpu"
 @pytest.fixture(scope="session")
 def ext() -> Any:
     """The simulator, compiled once."""
-    return load()
+    loaded = load()
+    gc.collect()
+    gc.freeze()  # the libraries' objects; looking through them again around every test takes longer than many tests
+    return loaded
 
 
 def settle(ext: Any) -> None:

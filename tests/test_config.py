@@ -93,6 +93,10 @@ def test_every_setting_is_taken_over() -> None:
 
 
 def test_nothing_set_means_the_defaults() -> None:
+    assert Settings() == Settings(
+        budget=None, prefetch=True, pin=True, pinned_limit=None, reserve=None, unit_min=16 * MIB, unit_max=256 * MIB,
+        staging=64 * MIB, fingerprints=True, verify=False,
+    )  # fmt: skip
     assert Settings.make() == Settings()
     assert Settings.make(pinned_limit=None, reserve=None) == Settings()
 
@@ -123,7 +127,7 @@ def test_refused_less_than_a_byte(value: Any) -> None:
     assert refusal(value) == f"budget={value!r} is less than one byte: give a positive size, or leave it out."
 
 
-@pytest.mark.parametrize("value", ["12XB", "12 G", "12gibb", "GiB", "", "lots", "STOCK", "-1GB", "1e9", "1,5GB", "1.GB", ".5GB"])
+@pytest.mark.parametrize("value", ["12XB", "12 G", "12gibb", "GiB", "", "STOCK", "-1GB", "1e9", "1,5GB", "1.GB"])
 def test_refused_not_a_size(value: str) -> None:
     assert refusal(value) == f"budget={value!r} is not a size: write it like '12GiB', '500MB' or 4096 (bytes)."
 
@@ -168,11 +172,16 @@ def test_refused_unit_max_below_the_default_unit_min() -> None:
 @settings(deadline=None)
 @given(value=st.one_of(st.text(), st.integers(), st.floats(), st.booleans(), st.none(), st.binary()))
 def test_whatever_is_given_is_a_budget_or_a_refusal(value: Any) -> None:
+    refused = ""
     try:
         budget = parse_budget(value)
     except SettingError as error:
-        assert isinstance(error, ValueError)
-        assert isinstance(error, OffloadError)
-        assert repr(value) in str(error)
+        refused = str(error)
     else:
         assert budget is None or budget == "stock" or (type(budget) is int and budget > 0)
+    assert not refused or refused.startswith(f"budget={value!r}")
+
+
+def test_a_refusal_is_a_value_error_and_one_of_ours() -> None:
+    assert issubclass(SettingError, ValueError)
+    assert issubclass(SettingError, OffloadError)

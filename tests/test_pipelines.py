@@ -36,7 +36,11 @@ def test_same_images_and_no_weights_back(name: str, dtype: torch.dtype, sim: Any
 
 
 def _offloaded_parameters(pipe: Any) -> list[torch.Tensor]:
-    modules = [m for n, m in pipe.components.items() if isinstance(m, torch.nn.Module) and n not in pipe._exclude_from_cpu_offload]
+    modules = [
+        m
+        for n, m in pipe.components.items()
+        if isinstance(m, torch.nn.Module) and n not in pipe._exclude_from_cpu_offload
+    ]
     return [t for m in modules for t in (*m.parameters(), *m.buffers())]
 
 

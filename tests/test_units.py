@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import pairwise, takewhile
 
 import pytest
 from hypothesis import given, settings
@@ -10,22 +10,24 @@ from hypothesis import strategies as st
 
 from prefetch_offload.units import ALIGNMENT, Extent, Placement, UnitLayout, align, block_of, cut
 
-# Names as in real models: some outside of any block, some in blocks, some in blocks within blocks. A block's tensors mostly
-# follow one another, but need not.
+# Names as in real models: some outside of any block, some in blocks, some in blocks within blocks. A block's tensors
+# mostly follow one another, but need not.
 PREFIXES = ("", "norm.", "0.", "1.", "blocks.0.", "blocks.1.", "blocks.2.", "blocks.1.ff.net.0.", "up.0.resnets.1.")
+
+
+Limits = tuple[int, int]  # unit_min, unit_max
 
 
 @st.composite
 def components(draw: st.DrawFn, smallest: int = 0) -> list[Extent]:
-    runs = draw(
-        st.lists(st.tuples(st.sampled_from(PREFIXES), st.lists(st.integers(smallest, 3000), min_size=1, max_size=5)), max_size=8)
-    )
+    sizes_of_run = st.lists(st.integers(smallest, 3000), min_size=1, max_size=5)
+    runs = draw(st.lists(st.tuples(st.sampled_from(PREFIXES), sizes_of_run), max_size=8))
     sizes = [(prefix, nbytes) for prefix, run in runs for nbytes in run]
     return [Extent(f"{prefix}w{i}", nbytes) for i, (prefix, nbytes) in enumerate(sizes)]
 
 
 @st.composite
-def bounds(draw: st.DrawFn, smallest: int = 1) -> tuple[int, int]:
+def bounds(draw: st.DrawFn, smallest: int = 1) -> Limits:
     unit_min = draw(st.integers(smallest, 6000))
     return unit_min, draw(st.integers(unit_min, 9000))
 
@@ -40,6 +42,11 @@ def contents(unit: UnitLayout) -> list[int]:
     return [placement.extent for placement in unit.placements]
 
 
+def of_first_block(extents: list[Extent], numbers: list[int]) -> list[int]:
+    """The first of these extents, and those that follow it in the same block."""
+    return list(takewhile(lambda i: block_of(extents[i].name) == block_of(extents[numbers[0]].name), numbers))
+
+
 def runs_of(extents: list[Extent]) -> list[list[int]]:
     """The numbers of neighbours in one block: an independent statement of what may not be split needlessly."""
     runs: list[list[int]] = []
@@ -51,10 +58,10 @@ def runs_of(extents: list[Extent]) -> list[list[int]]:
     return runs
 
 
-# ------------------------------------------------------------------------------------------------------ layout of a unit
+# ------------------------------------------------------------------------------------------------ layout of a unit
 @settings(deadline=None)
 @given(extents=components(), limits=bounds())
-def test_every_extent_lies_in_exactly_one_unit_in_the_order_given(extents: list[Extent], limits: tuple[int, int]) -> None:
+def test_every_extent_lies_in_exactly_one_unit_in_the_order_given(extents: list[Extent], limits: Limits) -> None:
     units = cut(extents, *limits)
     assert [i for unit in units for i in contents(unit)] == list(range(len(extents)))
     assert all(unit.placements for unit in units)
@@ -62,7 +69,7 @@ def test_every_extent_lies_in_exactly_one_unit_in_the_order_given(extents: list[
 
 @settings(deadline=None)
 @given(extents=components(), limits=bounds())
-def test_extents_are_aligned_disjoint_and_inside_their_unit(extents: list[Extent], limits: tuple[int, int]) -> None:
+def test_extents_are_aligned_disjoint_and_inside_their_unit(extents: list[Extent], limits: Limits) -> None:
     for unit in cut(extents, *limits):
         end = 0
         for placement in unit.placements:
@@ -76,27 +83,27 @@ def test_extents_are_aligned_disjoint_and_inside_their_unit(extents: list[Extent
 
 @settings(deadline=None)
 @given(extents=components(), limits=bounds())
-def test_a_unit_takes_its_aligned_extents_and_no_more(extents: list[Extent], limits: tuple[int, int]) -> None:
+def test_a_unit_takes_its_aligned_extents_and_no_more(extents: list[Extent], limits: Limits) -> None:
     for unit in cut(extents, *limits):
         assert unit.nbytes == (room(extents, contents(unit)) or ALIGNMENT)
 
 
 @settings(deadline=None)
 @given(extents=components(smallest=1), limits=bounds())
-def test_a_component_without_empty_tensors_takes_its_aligned_extents(extents: list[Extent], limits: tuple[int, int]) -> None:
+def test_a_component_without_empty_tensors_takes_its_aligned_extents(extents: list[Extent], limits: Limits) -> None:
     assert sum(unit.nbytes for unit in cut(extents, *limits)) == sum(align(e.nbytes) for e in extents)
 
 
 @settings(deadline=None)
 @given(extents=components(), limits=bounds())
-def test_cutting_is_deterministic(extents: list[Extent], limits: tuple[int, int]) -> None:
+def test_cutting_is_deterministic(extents: list[Extent], limits: Limits) -> None:
     assert cut(extents, *limits) == cut(tuple(extents), *limits)
 
 
-# -------------------------------------------------------------------------------------------------------- sizes of units
+# -------------------------------------------------------------------------------------------------- sizes of units
 @settings(deadline=None)
 @given(extents=components(), limits=bounds(smallest=ALIGNMENT))
-def test_only_a_single_extent_makes_a_unit_larger_than_unit_max(extents: list[Extent], limits: tuple[int, int]) -> None:
+def test_only_a_single_extent_makes_a_unit_larger_than_unit_max(extents: list[Extent], limits: Limits) -> None:
     unit_max = limits[1]
     for unit in cut(extents, *limits):
         assert unit.nbytes <= unit_max or len(unit.placements) == 1
@@ -104,7 +111,7 @@ def test_only_a_single_extent_makes_a_unit_larger_than_unit_max(extents: list[Ex
 
 @settings(deadline=None)
 @given(extents=components(), limits=bounds())
-def test_a_unit_is_smaller_than_unit_min_only_where_it_must_be(extents: list[Extent], limits: tuple[int, int]) -> None:
+def test_a_unit_is_smaller_than_unit_min_only_where_it_must_be(extents: list[Extent], limits: Limits) -> None:
     """It is the last one, or what cannot be split off the next one would make it larger than unit_max.
 
     What cannot be split: the next unit's leading run of extents of one block.
@@ -112,15 +119,13 @@ def test_a_unit_is_smaller_than_unit_min_only_where_it_must_be(extents: list[Ext
     unit_min, unit_max = limits
     for unit, after in pairwise(cut(extents, *limits)):
         if unit.nbytes < unit_min:
-            numbers = contents(after)
-            leading = [i for i in numbers if all(block_of(extents[j].name) == block_of(extents[numbers[0]].name)
-                                                 for j in numbers[: numbers.index(i) + 1])]  # fmt: skip
+            leading = of_first_block(extents, contents(after))
             assert room(extents, contents(unit)) + room(extents, leading) > unit_max
 
 
 @settings(deadline=None)
 @given(extents=components(), limits=bounds())
-def test_blocks_are_joined_only_to_reach_unit_min(extents: list[Extent], limits: tuple[int, int]) -> None:
+def test_blocks_are_joined_only_to_reach_unit_min(extents: list[Extent], limits: Limits) -> None:
     unit_min, _ = limits
     for unit in cut(extents, *limits):
         numbers = contents(unit)
@@ -131,7 +136,7 @@ def test_blocks_are_joined_only_to_reach_unit_min(extents: list[Extent], limits:
 
 @settings(deadline=None)
 @given(extents=components(), limits=bounds())
-def test_a_block_is_split_only_if_it_is_larger_than_unit_max(extents: list[Extent], limits: tuple[int, int]) -> None:
+def test_a_block_is_split_only_if_it_is_larger_than_unit_max(extents: list[Extent], limits: Limits) -> None:
     unit_of = {i: number for number, unit in enumerate(cut(extents, *limits)) for i in contents(unit)}
     for run in runs_of(extents):
         if room(extents, run) <= limits[1]:
@@ -140,14 +145,12 @@ def test_a_block_is_split_only_if_it_is_larger_than_unit_max(extents: list[Exten
 
 @settings(deadline=None)
 @given(extents=components(smallest=1), limits=bounds())
-def test_a_block_that_is_split_fills_its_pieces(extents: list[Extent], limits: tuple[int, int]) -> None:
+def test_a_block_that_is_split_fills_its_pieces(extents: list[Extent], limits: Limits) -> None:
     """A piece ends only where the next extent of the block would not have fitted."""
     for unit, after in pairwise(cut(extents, *limits)):
         last, first = contents(unit)[-1], contents(after)[0]
-        block = block_of(extents[last].name)
-        if block_of(extents[first].name) == block:
-            numbers = contents(unit)
-            piece = [i for i in numbers if all(block_of(extents[j].name) == block for j in numbers[numbers.index(i) :])]
+        if block_of(extents[first].name) == block_of(extents[last].name):
+            piece = of_first_block(extents, contents(unit)[::-1])
             assert room(extents, piece) + align(extents[first].nbytes) > limits[1]
 
 
@@ -193,7 +196,8 @@ def test_align_rounds_up_to_the_next_multiple(nbytes: int, alignment: int) -> No
         ("down_blocks.0.resnets.1.conv1.weight", "down_blocks.0.resnets.1"),
         ("down_blocks.0.downsamplers.0.conv.weight", "down_blocks.0.downsamplers.0"),
         ("mid_block.attentions.0.proj_in.weight", "mid_block.attentions.0"),
-        ("up_blocks.1.attentions.2.transformer_blocks.0.attn1.to_q.weight", "up_blocks.1.attentions.2.transformer_blocks.0"),
+        ("up_blocks.1.attentions.2.transformer_blocks.0.attn1.to_q.weight",
+         "up_blocks.1.attentions.2.transformer_blocks.0"),
         ("up_blocks.1.attentions.2.transformer_blocks.0.attn1.to_out.0.weight",
          "up_blocks.1.attentions.2.transformer_blocks.0.attn1.to_out.0"),
         ("decoder.up_blocks.3.resnets.0.norm1.weight", "decoder.up_blocks.3.resnets.0"),

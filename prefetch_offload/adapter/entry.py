@@ -9,7 +9,6 @@ Instead the component's class becomes a subclass of the same name, made on the s
 
 from __future__ import annotations
 
-import copyreg
 import functools
 from typing import Any
 
@@ -60,6 +59,11 @@ class _EntryPoint:
             raise AttributeError(self.name) from None
 
 
+def _blank(base: type) -> Any:
+    """An instance before its state. Not `copyreg.__newobj__`: pickle insists that it makes the object's very class."""
+    return base.__new__(base)
+
+
 def entered_class(base: type) -> type:
     """The subclass of `base` whose calls enter their component; made once."""
     made = _classes.get(base)
@@ -95,7 +99,7 @@ def _make(base: Any) -> type:
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
         """Pickled, the module is what it was before."""
         state = {k: v for k, v in self.__dict__.items() if k != "_hf_hook"}
-        return copyreg.__newobj__, (base,), state  # type: ignore[attr-defined]
+        return _blank, (base,), state
 
     def __deepcopy__(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
         """A copy is offloaded like the original, from masters of its own."""
@@ -121,7 +125,20 @@ def _make(base: Any) -> type:
         for name in _METHODS:
             if callable(getattr(base, name, None)):
                 body[name] = _EntryPoint(name, getattr(base, name))
-    return type(base)(base.__name__, (base,), body)
+    return _equal_to_base(type(base))(base.__name__, (base,), body)
+
+
+@functools.cache
+def _equal_to_base(meta: Any) -> Any:
+    """A metaclass of classes that equal their base: `from_pipe` asks whether ``type(component) in`` the ones it accepts."""
+
+    def __eq__(cls: Any, other: object) -> bool:
+        return cls is other or getattr(other, "_prefetch_base", other) is cls._prefetch_base
+
+    def __hash__(cls: Any) -> int:
+        return type.__hash__(cls._prefetch_base)
+
+    return type(meta.__name__, (meta,), {"__eq__": __eq__, "__hash__": __hash__})
 
 
 def _set_class(module: nn.Module, cls: type) -> None:

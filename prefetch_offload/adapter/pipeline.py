@@ -6,7 +6,7 @@ import contextlib
 import copy
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import accelerate
@@ -69,6 +69,13 @@ def patched(session: Session, pipe: DiffusionPipeline) -> Iterator[None]:
     That method decides what is hooked, excluded, skipped and refused, and it is imported from at call time: running it,
     overrides in subclasses included, keeps all of its behaviour.
     """
+    with _hooking(functools.partial(hook_component, session, pipe)):
+        yield
+
+
+@contextlib.contextmanager
+def _hooking(hook: Callable[[nn.Module, Any, Any], Any]) -> Iterator[None]:
+    """In this thread `accelerate.cpu_offload_with_hook` is `hook`."""
     thread = threading.get_ident()
     with _patching:
         stock = accelerate.cpu_offload_with_hook
@@ -78,7 +85,7 @@ def patched(session: Session, pipe: DiffusionPipeline) -> Iterator[None]:
         def ours(model: nn.Module, execution_device: Any = None, prev_module_hook: Any = None) -> Any:
             if threading.get_ident() != thread:
                 return stock(model, execution_device, prev_module_hook)
-            return hook_component(session, pipe, model, execution_device, prev_module_hook)
+            return hook(model, execution_device, prev_module_hook)
 
         accelerate.cpu_offload_with_hook = ours
         try:
@@ -86,6 +93,34 @@ def patched(session: Session, pipe: DiffusionPipeline) -> Iterator[None]:
         finally:
             accelerate.cpu_offload_with_hook = stock
             _patch.active = outer
+
+
+class _Accepted(Exception):
+    """diffusers' method has passed its own refusals."""
+
+
+def refuse_as_stock(pipe: DiffusionPipeline, arguments: dict[str, Any]) -> None:
+    """Raise what diffusers' own `enable_model_cpu_offload` would refuse the pipeline with, if it would. Nothing changes."""
+
+    def accepted(*args: Any, **kwargs: Any) -> Any:
+        raise _Accepted
+
+    before = [(part.__dict__, dict(part.__dict__)) for part in (pipe, *parts_of(pipe))]
+    for attributes, _ in before:
+        # Instance attributes stand before the methods that would begin to change something.
+        attributes |= {"remove_all_hooks": lambda: None, "to": accepted}
+    try:
+        with plain_class(pipe), _hooking(accepted), contextlib.suppress(_Accepted):
+            base_class(pipe).enable_model_cpu_offload(pipe, **arguments)
+    finally:
+        for attributes, content in before:
+            attributes.clear()
+            attributes |= content
+
+
+def is_sequential(module: nn.Module) -> bool:
+    """Sequential offload keeps its weights elsewhere and meta tensors in their place; removing its hooks brings them back."""
+    return any(getattr(getattr(m, "_hf_hook", None), "offload", False) for m in module.modules())
 
 
 def is_patching() -> bool:

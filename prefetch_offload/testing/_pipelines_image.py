@@ -246,7 +246,8 @@ def call_sd3(pipe: Any, seed: int = 0, steps: int = 2, prompt: str = parts.PROMP
 
 
 def call_two_stage(pipe: Any, seed: int = 0, steps: int = 2, prompt: str = parts.PROMPT, **extra: Any) -> np.ndarray:
-    return call_text(pipe, seed, steps, prompt, **({"prior_num_inference_steps": steps} | extra))
+    """The prior takes two steps at least: its unCLIP scheduler divides by one less."""
+    return call_text(pipe, seed, steps, prompt, **({"prior_num_inference_steps": max(steps, 2)} | extra))
 
 
 def call_stable_cascade(

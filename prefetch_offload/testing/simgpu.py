@@ -137,6 +137,10 @@ def _build_or_reuse() -> types.ModuleType:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one build at a time; the system releases it even when a builder is killed
         if not library.exists():
             return _compile(library)
+    return _import(library)
+
+
+def _import(library: Path) -> types.ModuleType:
     loader = importlib.machinery.ExtensionFileLoader(_MODULE, str(library))
     spec = importlib.util.spec_from_file_location(_MODULE, library, loader=loader)
     assert spec is not None

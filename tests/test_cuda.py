@@ -1,0 +1,129 @@
+"""The main claim on a real GPU. Everything here is skipped without one; benchmarks/gpu.sh runs it."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_same
+
+import prefetch_offload
+from prefetch_offload.config import Settings
+from prefetch_offload.host import Pins, Slab
+from prefetch_offload.testing.pipelines import CASES
+
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@pytest.fixture(autouse=True)
+def clean_device() -> Iterator[None]:
+    """Deterministic kernels; and afterwards no memory kept."""
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+    gc.collect()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    yield
+    gc.collect()
+    torch.cuda.synchronize()
+    # libraries keep workspaces of their own, once; weights would be far more
+    assert torch.cuda.memory_allocated() - before <= 64 << 20
+
+
+@pytest.mark.parametrize("budget", [None, "stock"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("name", [n for n in CASES if n != "sdxl-upcast"])
+def test_same_images_as_resident(name: str, dtype: torch.dtype, budget: Any) -> None:
+    case = CASES[name]
+    pipe = case.build(dtype=dtype).to("cuda")
+    truth = [np.asarray(case.call(pipe, seed=seed)) for seed in range(3)]
+    del pipe
+    pipe = case.build(dtype=dtype)
+    with prefetch_offload.enable(pipe, budget=budget, verify=True, unit_min=64 << 10, unit_max=512 << 10) as offload:
+        assert_same([np.asarray(case.call(pipe, seed=seed)) for seed in range(3)], truth)
+        assert offload.hazards == []
+        assert offload.stats.d2h_nbytes == 0
+        assert all(c.pinned for c in offload.stats.components)
+
+
+def test_upcast_vae() -> None:
+    case = CASES["sdxl-upcast"]
+    pipe = case.build().to("cuda")
+    truth = [np.asarray(case.call(pipe, seed=seed)) for seed in range(2)]
+    del pipe
+    pipe = case.build()
+    with prefetch_offload.enable(pipe, verify=True) as offload:
+        assert_same([np.asarray(case.call(pipe, seed=seed)) for seed in range(2)], truth)
+        assert offload.hazards == []
+
+
+@pytest.mark.parametrize("name", ["sdxl", "flux"])
+def test_sanitizer(name: str) -> None:
+    """Under TORCH_CUDA_SANITIZER=1 an access without an order raises; without it, this is one more run."""
+    pipe = CASES[name].build(dtype=torch.float16)
+    with prefetch_offload.enable(pipe, budget="stock", unit_min=64 << 10, unit_max=512 << 10) as offload:
+        for seed in range(3):
+            CASES[name].call(pipe, seed=seed)
+        assert offload.stats.calls == 3
+    print("sanitizer:", os.environ.get("TORCH_CUDA_SANITIZER", "off"))
+
+
+def test_stock_budget_never_takes_more_memory_than_stock() -> None:
+    case = CASES["sdxl"]
+
+    def peak(pipe: Any) -> int:
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats()
+        case.call(pipe, seed=0)
+        return torch.cuda.max_memory_allocated()
+
+    pipe = case.build(dtype=torch.float16)
+    pipe.enable_model_cpu_offload()
+    case.call(pipe, seed=1)
+    stock = peak(pipe)
+    pipe.remove_all_hooks()
+    pipe.to("cpu")
+    del pipe
+    pipe = case.build(dtype=torch.float16)
+    with prefetch_offload.enable(pipe, budget="stock", unit_min=64 << 10, unit_max=512 << 10):
+        case.call(pipe, seed=1)
+        assert peak(pipe) <= stock
+
+
+def test_parameters_keep_their_identity_after_hooks_are_removed_on_the_device() -> None:
+    pipe = CASES["sdxl"].build(dtype=torch.float16)
+    weight = pipe.text_encoder.text_model.final_layer_norm.weight
+    prefetch_offload.enable(pipe)
+    with torch.no_grad():
+        pipe.text_encoder(torch.ones(1, 77, dtype=torch.long, device="cuda"))
+    pipe.remove_all_hooks()
+    assert pipe.text_encoder.text_model.final_layer_norm.weight is weight
+    assert weight.device.type == "cuda"
+
+
+def test_registered_memory_is_pinned_and_a_refusal_leaves_no_error_behind() -> None:
+    pins = Pins(torch.device("cuda", 0))
+    slab = Slab(1 << 20)
+    assert pins.pin(slab) and slab.bytes.is_pinned()
+    again = Slab.__new__(Slab)
+    again.nbytes, again._memory, again.bytes, again.pinned, again._unpin = (
+        slab.nbytes,
+        slab._memory,
+        slab.bytes,
+        False,
+        None,
+    )
+    with pytest.warns(prefetch_offload.OffloadWarning, match="could not pin"):
+        assert not pins.pin(again)  # already registered
+    torch.ones(8, device="cuda").sum().item()
+    torch.cuda.synchronize()
+    slab.unpin()
+    assert not slab.bytes.is_pinned()
+    assert ctypes.c_char and Settings().pin
