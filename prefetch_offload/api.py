@@ -14,9 +14,9 @@ from .adapter import pipeline as adapter
 from .adapter.hooks import Session, unwrap
 from .adoption import check_tensors
 from .config import GIB, Settings
-from .engine import Client, rehooking
 from .errors import BudgetError, SettingError, UnsupportedError
 from .handle import Offload
+from .holdings import Client, rehooking
 from .masters import component_nbytes
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Annotated
@@ -12,8 +13,9 @@ from rich.console import Console
 from . import __version__
 from .commands.errors import reported
 
-# Transformers otherwise says of parts that are not used which packages they would need.
+# What is not used here would otherwise be missed aloud: packages by transformers, CUDA by PyTorch's C++ build tools.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 # commands.* are imported by the commands that need them: `--help` should not wait for torch.
 

@@ -17,7 +17,7 @@ from .host import Pins
 from .masters import CarriedUnit, Master, SlabUnit, Unit, modules_of, tensors_of, version_of
 
 if TYPE_CHECKING:
-    from .engine import Client
+    from .holdings import Client
 
 _numbers = itertools.count()
 
@@ -31,6 +31,7 @@ class Component:
         module: held weakly; the pipeline owns it.
         units: what it needs on the device, in definition order.
         bound: its modules show twins.
+        by_hand: it was bound outside of any call, so that a program may have written to what it saw.
         running: calls into it that have not returned.
         absorbed_by: the larger component that it has become part of.
         d2h_nbytes: bytes written back because the device's copy had changed.
@@ -50,6 +51,7 @@ class Component:
         self.device, self.settings, self._pins = device, settings, pins
         self.units: list[Unit] = []
         self.bound = False
+        self.by_hand = False
         self.running = 0
         self.absorbed_by: Component | None = None
         self.stream_id = -1
@@ -188,6 +190,11 @@ class Component:
         """Some tensors are carried for the rest of this call only."""
         return any(u.key.endswith("/transient") for u in self.units)
 
+    @property
+    def outdated(self) -> bool:
+        """What its modules show changed while it was bound, and has not been adopted yet."""
+        return self._n_entries < 0
+
     def written(self) -> list[Unit]:
         """Units whose master was written in place since it was last looked at; looks at them."""
         found = []
@@ -223,11 +230,13 @@ class Component:
             Units whose device copy no longer equals the master.
         """
         stale: list[Unit] = []
-        if not self._twins_untouched():
-            stale = self._take_over()
+        slabs = [u for u in self.units if isinstance(u, SlabUnit)] if self.by_hand else []
+        rewritten = {id(m.twin) for unit in slabs for m in unit.rewritten()}
+        if rewritten or not self._twins_untouched():
+            stale = self._take_over(rewritten)
         for entries, key, master in self._slots:
             entries[key] = master.tensor
-        self.bound = False
+        self.bound = self.by_hand = False
         self._after_swap()
         return stale
 
@@ -246,9 +255,13 @@ class Component:
                 return False
         return True
 
-    def _take_over(self) -> list[Unit]:
-        """Write back what differs; keep whatever the modules show now that is not ours."""
-        merged = {
+    def _take_over(self, rewritten: set[int]) -> list[Unit]:
+        """Write back what differs; keep whatever the modules show now that is not ours.
+
+        Args:
+            rewritten: identities of twins that were written without a mark.
+        """
+        merged = rewritten | {
             id(p) for m, before in self._merged if tuple(m.merged_adapters) != before for p in m.parameters()
         }
         by_twin = {id(m.twin): m for m in self._masters.values() if m.twin is not None}

@@ -10,7 +10,8 @@ Order on the device is by events only. Every record and wait of the engine goes 
    waited for first.
 4. FREE_AFTER_UNUSED_COPY: a unit that is dropped before anyone waited for it: its copy is waited for before the free.
 5. STAGE_AFTER_COPY (the host waits): a half of the pinned ring is refilled only after the copy out of it.
-6. RETIRE_AFTER_COPY (the host waits): host memory is unpinned or given back only after the last copy out of it.
+6. WRITE_BACK_AFTER_USE: what another stream may have changed is read back only behind it.
+7. RETIRE_AFTER_COPY (the host waits): host memory is unpinned or given back only after the last copy out of it.
 """
 
 from __future__ import annotations
@@ -27,11 +28,22 @@ FREE_AFTER_LAST_USE = "free after last use"
 FREE_AFTER_UNUSED_COPY = "free after unused copy"
 STAGE_AFTER_COPY = "stage after copy"
 RETIRE_AFTER_COPY = "retire after copy"
+WRITE_BACK_AFTER_USE = "write back after use"
 
 _HOST = -1  # the host thread, as a stream of the checker's
 _ENQUEUED = -1  # the event that orders the copy stream behind it
 
 OUT_OF_MEMORY: tuple[type[BaseException], ...] = (torch.OutOfMemoryError,)
+
+
+_SAID_OTHERWISE = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """The device had no memory left, whoever says so: PyTorch's allocator, a library's workspace, or a module's load."""
+    return isinstance(error, OUT_OF_MEMORY) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in _SAID_OTHERWISE)
+    )
 
 
 class Lanes:
@@ -60,6 +72,10 @@ class Lanes:
     def compute(self) -> torch.Stream:
         """The stream that the caller's kernels go to."""
         return torch.accelerator.current_stream(self.device)
+
+    def capturing(self) -> bool:
+        """The current stream is being captured into a CUDA graph."""
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     # ------------------------------------------------------------------ ordering
     def record(self, stream: torch.Stream) -> torch.Event:
@@ -111,8 +127,11 @@ class Lanes:
     # -------------------------------------------------------------------- memory
     def free_nbytes(self) -> int:
         """Bytes that can be allocated now: free on the device, plus cached and unused by PyTorch's allocator."""
-        free, _ = self.module.mem_get_info(self.device)
-        return int(free + self.module.memory_reserved(self.device) - self.module.memory_allocated(self.device))
+        free, total = self.module.mem_get_info(self.device)
+        reserved, allocated = self.module.memory_reserved(self.device), self.module.memory_allocated(self.device)
+        if hasattr(self.module, "get_per_process_memory_fraction"):
+            free = min(free, total * self.module.get_per_process_memory_fraction(self.device) - reserved)
+        return max(0, int(free + reserved - allocated))
 
     def total_nbytes(self) -> int:
         return int(self.module.mem_get_info(self.device)[1])

@@ -166,9 +166,9 @@ class Offload:
         """A call of the pipeline."""
         self._adopt_strays()
         client = self._session.client
-        self._engine.start_call(client)
         failed = True
         try:
+            self._engine.start_call(client)
             yield
             failed = False
         finally:

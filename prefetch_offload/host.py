@@ -37,14 +37,17 @@ def trim() -> None:
 
 def clear_last_error(cudart: Any) -> None:
     """Forget the runtime's last error: a refused registration would otherwise surface in the next kernel launch."""
-    if not hasattr(cudart, "cudaGetLastError"):  # PyTorch's binding lacks it; the library is loaded, so ask it directly
-        try:
-            with open("/proc/self/maps") as maps:
-                paths = {line.split()[-1] for line in maps if "libcudart" in line}
-            cudart = ctypes.CDLL(paths.pop())
-        except (OSError, KeyError, AttributeError):
-            return
-    cudart.cudaGetLastError()
+    if hasattr(cudart, "cudaGetLastError"):
+        cudart.cudaGetLastError()
+        return
+    # PyTorch's binding lacks it; the library is loaded, so ask it directly. There may be several in one process.
+    try:
+        with open("/proc/self/maps") as maps:
+            paths = {line.split()[-1] for line in maps if "libcudart" in line}
+        for path in paths:
+            ctypes.CDLL(path).cudaGetLastError()
+    except (OSError, AttributeError):
+        pass
 
 
 def _mapping(nbytes: int) -> mmap.mmap:
@@ -105,7 +108,7 @@ class Ring:
 
     def __init__(self, nbytes: int) -> None:
         self.chunk = max(nbytes // 2 // _PAGE, 1) * _PAGE
-        self.slots = [torch.empty(self.chunk, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        self.slots = [torch.empty(self.chunk, dtype=torch.uint8, device="cpu", pin_memory=True) for _ in range(2)]
 
     @property
     def nbytes(self) -> int:
@@ -116,7 +119,6 @@ class Pins:
     """The pinned host memory of one device.
 
     Attributes:
-        nbytes: bytes pinned now, the ring's included.
         limit: no more than this is pinned.
     """
 
@@ -125,13 +127,18 @@ class Pins:
         self._staging = staging
         self._enabled = enabled
         self.limit = pinnable_nbytes() if limit is None else limit
-        self.nbytes = 0
+        self._pinned: dict[int, int] = {}  # address -> bytes
         self._lock = threading.Lock()
         self._ring: Ring | None = None
         self._refused = False
         self._ring_refused = False
         module = torch.get_device_module(device)
         self._cudart = module.cudart() if hasattr(module, "cudart") else None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes pinned now, the ring's included."""
+        return sum(self._pinned.values()) + (self._ring.nbytes if self._ring is not None else 0)
 
     def pin(self, slab: Slab) -> bool:
         """Pin a filled slab. False, with one warning for all, when the host refuses; the slab is as it was."""
@@ -142,25 +149,31 @@ class Pins:
         if self._cudart is None:
             return self._pin_by_copy(slab)
         address = slab.bytes.data_ptr()
+        # First what undoes it: an interrupt arrives as soon as a registration, which takes its time, returns.
+        slab._unpin = weakref.finalize(slab, self._unregister, address)
+        slab._unpin.atexit = False
+        self._pinned[address] = slab.nbytes
         with torch.accelerator.device_index(self._device.index):
             code = int(self._cudart.cudaHostRegister(address, slab.nbytes, 0))
             if code:
                 clear_last_error(self._cudart)
+                slab._unpin.detach()
+                slab._unpin = None
+                del self._pinned[address]
                 return self._refuse(slab, f"registering memory failed with code {code}")
         slab.pinned = True
-        self.nbytes += slab.nbytes
-        slab._unpin = weakref.finalize(slab, self._unregister, address, slab.nbytes)
-        slab._unpin.atexit = False
         return True
 
-    def _unregister(self, address: int, nbytes: int) -> None:
-        self._cudart.cudaHostUnregister(address)
-        self.nbytes -= nbytes
+    def _unregister(self, address: int) -> None:
+        with torch.accelerator.device_index(self._device.index):
+            if int(self._cudart.cudaHostUnregister(address)):
+                clear_last_error(self._cudart)  # interrupted before it was registered
+        self._pinned.pop(address, None)
 
     def _pin_by_copy(self, slab: Slab) -> bool:
         """Move the slab into memory of the backend's pinned allocator."""
         try:
-            pinned = torch.empty(slab.nbytes, dtype=torch.uint8, pin_memory=True)
+            pinned = torch.empty(slab.nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
         except RuntimeError as error:
             return self._refuse(slab, str(error).splitlines()[0])
         pinned.copy_(slab.bytes)
@@ -168,13 +181,10 @@ class Pins:
         buffer.owner = pinned  # type: ignore[attr-defined]
         slab._memory, slab.bytes = buffer, pinned
         slab.pinned = True
-        self.nbytes += slab.nbytes
-        slab._unpin = weakref.finalize(slab, self._forget, slab.nbytes)
+        self._pinned[pinned.data_ptr()] = slab.nbytes
+        slab._unpin = weakref.finalize(slab, self._pinned.pop, pinned.data_ptr())
         slab._unpin.atexit = False
         return True
-
-    def _forget(self, nbytes: int) -> None:
-        self.nbytes -= nbytes
 
     def _refuse(self, slab: Slab, why: str) -> bool:
         self._refused = True
@@ -194,14 +204,12 @@ class Pins:
             if self._ring is None and not self._ring_refused:
                 try:
                     self._ring = Ring(self._staging)
-                    self.nbytes += self._ring.nbytes
                 except RuntimeError:
                     self._ring_refused = True
             return self._ring
 
-    def release_ring(self) -> None:
-        """Give the ring back. No copy from it may be in flight."""
+    def start_over(self) -> None:
+        """Nothing is offloaded any more: give the ring back, and let the host be asked again. No copy may be in flight."""
         with self._lock:
-            if self._ring is not None:
-                self.nbytes -= self._ring.nbytes
-                self._ring = None
+            self._ring = None
+            self._refused = self._ring_refused = False

@@ -197,7 +197,7 @@ class SlabUnit(Unit):
         for master, offset in zip(self.masters, offsets, strict=True):
             last = span_nbytes(master.tensor) - 1
             words += [(offset + last * i // (_SAMPLES - 1)) // 8 for i in range(_SAMPLES)]
-        self._sample_index = torch.tensor(sorted(set(words)), dtype=torch.int64)
+        self._sample_index = torch.tensor(sorted(set(words)), dtype=torch.int64, device="cpu")
 
     def allocate(self, device: torch.device) -> None:
         with torch.inference_mode(False):
@@ -208,7 +208,8 @@ class SlabUnit(Unit):
             base = self.bytes.data_ptr()
             for master, offset in zip(self.masters, self._offsets, strict=True):
                 if master.twin is None:
-                    master.twin_data = self._view(master.tensor, offset)
+                    # Like its home: the tensor may have changed since, which the component's next entry takes in.
+                    master.twin_data = self._view(master.home if master.home is not None else master.tensor, offset)
                     master.twin = master.wrap(master.twin_data.detach())
                     master.twin_version = master.twin._version
                 master.twin_ptr = base + offset
@@ -244,6 +245,18 @@ class SlabUnit(Unit):
     def _gather(self) -> torch.Tensor:
         assert self._sample_index is not None
         return self.slab.bytes.view(torch.int64)[self._sample_index]
+
+    def rewritten(self) -> list[Master]:
+        """Masters whose device copy was written without a mark (``p.data += x``). The host waits for the caller's stream."""
+        if self._sample is None or self._sample_index is None or self.bytes is None:
+            return []
+        shown = self.bytes.view(torch.int64)[self._sample_index.to(self.bytes.device)].cpu()
+        words = set(self._sample_index[shown != self._sample].tolist())
+        return [
+            master
+            for master, offset in zip(self.masters, self._offsets, strict=True)
+            if words and not words.isdisjoint(range(offset // 8, (offset + span_nbytes(master.tensor) - 1) // 8 + 1))
+        ]
 
 
 class CarriedUnit(Unit):

@@ -3,6 +3,8 @@ TorchScript modules. They are offloaded as stock does it, whole and synchronousl
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import nn
 
@@ -18,13 +20,22 @@ class NativeUnit(Unit):
     def __init__(self, key: str, module: nn.Module) -> None:
         nbytes = component_nbytes(module)
         super().__init__(key, nbytes, nbytes, [])
-        self._module = module
+        self._module = weakref.ref(module)
+
+    def _to(self, device: torch.device | str) -> None:
+        module = self._module()
+        if module is not None:
+            module.to(device)
 
     def allocate(self, device: torch.device) -> None:
-        self._module.to(device)
+        try:
+            self._to(device)
+        except BaseException:  # half of it may have moved
+            self._to("cpu")
+            raise
 
     def free(self) -> None:
-        self._module.to("cpu")
+        self._to("cpu")
 
     def abandon(self) -> None:
         pass

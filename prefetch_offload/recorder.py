@@ -139,7 +139,8 @@ class Recorder:
         spans = []
         for mark in self._marks:
             if mark.end is not None:
-                start = at(mark.start)
-                spans.append(Span(mark.track, mark.name, start, max(0.0, at(mark.end) - start), mark.args))  # type: ignore[arg-type]
+                # Not the difference of two offsets: they are single precision, and coarse hours after the base event.
+                duration = max(0.0, float(mark.start.elapsed_time(mark.end)))
+                spans.append(Span(mark.track, mark.name, at(mark.start), duration, mark.args))  # type: ignore[arg-type]
         levels = tuple(Level(at(event), nbytes) for event, nbytes in self._levels)
         return Timeline(tuple(sorted(spans, key=lambda s: s.start_ms)), levels, simulated, str(self._lanes.device))

@@ -14,7 +14,8 @@ from .config import MIB
 from .trace import Timeline, busy_ms
 
 if TYPE_CHECKING:
-    from .engine import Client, Engine
+    from .engine import Engine
+    from .holdings import Client
 
 
 @dataclasses.dataclass(frozen=True)

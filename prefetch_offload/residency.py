@@ -146,9 +146,12 @@ class Residency:
             raise ValueError(f"component {component} names a unit twice: {', '.join(units)}")
         self._components[component] = tuple(units)
 
+    def knows(self, component: str) -> bool:
+        return component in self._components
+
     def remove_component(self, component: str) -> None:
-        """Forget a component; its units stay until `remove_unit`."""
-        del self._components[component]
+        """Forget a component, if it is known; its units stay until `remove_unit`."""
+        self._components.pop(component, None)
 
     def state(self, unit: str) -> State:
         return self._units[unit].state

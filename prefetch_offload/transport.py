@@ -13,6 +13,7 @@ from .device import (
     RETIRE_AFTER_COPY,
     STAGE_AFTER_COPY,
     USE_AFTER_COPY,
+    WRITE_BACK_AFTER_USE,
     Lanes,
 )
 from .host import Pins
@@ -26,6 +27,7 @@ class Flight:
     Attributes:
         home: the stream whose order the memory belongs to.
         start, ready: before and after the copy, on the copy stream (for carried units: on the compute stream).
+        kept: others hold on to the memory; dropping the unit leaves it to them.
         readers: streams that waited for `ready`, by id; each may read until the unit is dropped.
     """
 
@@ -34,6 +36,7 @@ class Flight:
     start: torch.Event
     ready: torch.Event
     readers: dict[int, torch.Stream] = field(default_factory=dict)
+    kept: bool = False
 
 
 class Transport:
@@ -66,14 +69,21 @@ class Transport:
         start = lanes.record(lanes.copy)
         # Known before the copy is enqueued, so that an interrupt in between cannot lose it.
         flight = self.flights[unit.key] = Flight(unit, compute, start, start)
-        with torch.inference_mode(False), torch.no_grad(), lanes.copy:
-            if unit.slab.pinned:
-                unit.bytes.copy_(unit.slab.bytes, non_blocking=True)
-                lanes.note("read", lanes.copy, _on_host(unit))
-            else:
-                self._copy_pageable(unit.slab.bytes, unit.bytes)
-        lanes.note("write", lanes.copy, unit.key)
-        unit.copied = flight.ready = lanes.record(lanes.copy)
+        try:
+            with torch.inference_mode(False), torch.no_grad(), lanes.copy:
+                if unit.slab.pinned:
+                    unit.bytes.copy_(unit.slab.bytes, non_blocking=True)
+                    lanes.note("read", lanes.copy, _on_host(unit))
+                else:
+                    self._copy_pageable(unit.slab.bytes, unit.bytes)
+            lanes.note("write", lanes.copy, unit.key)
+            unit.copied = flight.ready = lanes.record(lanes.copy)
+        except BaseException:
+            lanes.synchronize()  # the copy may be under way
+            del self.flights[unit.key]
+            lanes.note("free", compute, unit.key)
+            unit.free()
+            raise
         return flight
 
     def _copy_pageable(self, source: torch.Tensor, target: torch.Tensor) -> None:
@@ -106,11 +116,19 @@ class Transport:
         if isinstance(unit, SlabUnit):
             self.lanes.note("read", compute, unit.key)
 
-    def reads(self, unit: Unit) -> None:
-        """Tell the checker that every stream that waited for the unit may have read it up to now."""
-        if isinstance(unit, SlabUnit):
-            for stream in self.flights[unit.key].readers.values():
+    def read_back(self, unit: Unit) -> None:
+        """The caller's stream may read what any stream did to the unit up to now."""
+        compute = self.lanes.compute()
+        for stream in self.flights[unit.key].readers.values():
+            if isinstance(unit, SlabUnit):
                 self.lanes.note("read", stream, unit.key)
+            if stream != compute:
+                self.lanes.wait(compute, self.lanes.record(stream), WRITE_BACK_AFTER_USE)
+
+    def keep(self, unit: Unit) -> None:
+        """Something else may hold on to the unit's device memory (autograd's saved tensors): dropping the unit leaves it to
+        them."""
+        self.flights[unit.key].kept = True
 
     def drop(self, unit: Unit) -> None:
         """Free the unit's device memory behind its copy and its last use, without waiting on the host."""
@@ -123,15 +141,17 @@ class Transport:
                 lanes.wait(flight.home, lanes.record(stream), FREE_AFTER_LAST_USE)
         if isinstance(unit, SlabUnit):
             lanes.note("free", flight.home, unit.key)
-        unit.free()
+        if flight.kept:
+            unit.abandon()
+        else:
+            unit.free()
 
     def reset(self, units: list[Unit]) -> None:
         """Hold nothing, whatever state `units` were left in. The device is idle."""
-        for flight in self.flights.values():
-            if isinstance(flight.unit, SlabUnit):
-                self.lanes.note("free", flight.home, flight.unit.key)
-        self.flights.clear()
         for unit in units:
+            flight = self.flights.pop(unit.key, None)
+            if flight is not None and isinstance(unit, SlabUnit):
+                self.lanes.note("free", flight.home, unit.key)
             unit.free()
 
     def abandon(self, unit: Unit) -> None:

@@ -18,7 +18,7 @@ from diffusers import DiffusionPipeline
 
 import prefetch_offload
 from prefetch_offload import Offload
-from prefetch_offload.engine import _engines
+from prefetch_offload.registry import engines
 from prefetch_offload.testing import load
 from prefetch_offload.testing.pipelines import CASES
 from prefetch_offload.units import align
@@ -27,12 +27,13 @@ DEVICE = "simgpu"
 
 
 @pytest.fixture(scope="session")
-def ext() -> Any:
+def ext() -> Iterator[Any]:
     """The simulator, compiled once."""
     loaded = load()
     gc.collect()
     gc.freeze()  # the libraries' objects; looking through them again around every test takes longer than many tests
-    return loaded
+    yield loaded
+    gc.unfreeze()
 
 
 def settle(ext: Any) -> None:
@@ -72,13 +73,13 @@ def enable(sim: Any) -> Iterator[Callable[..., Offload]]:
         return offload
 
     yield _enable
-    for engine in _engines.values():
+    for engine in engines.values():
         engine.residency.validate()
     for offload in made:
         assert offload.hazards == []
         offload.disable()
     made.clear()
-    for engine in _engines.values():
+    for engine in engines.values():
         assert not engine.live(), "components are still taken in"
         assert engine.residency.held_nbytes == 0
         assert not engine.transport.flights

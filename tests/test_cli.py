@@ -174,6 +174,7 @@ TINY = dataclasses.replace(
 def test_demo(ext: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo_command, "SIMULATED", TINY)
     monkeypatch.setattr(demo_command, "OP_DELAY_US", 0)
+    monkeypatch.setattr(demo_command, "CALLS", 2)
     result = call("demo", "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert "No accelerator was found" in result.output
@@ -189,6 +190,7 @@ def test_demo(ext: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_demo_says_when_images_differ(ext: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo_command, "SIMULATED", TINY)
     monkeypatch.setattr(demo_command, "OP_DELAY_US", 0)
+    monkeypatch.setattr(demo_command, "CALLS", 2)
     monkeypatch.setattr(running, "same", lambda a, b: a is b)
     result = call("demo", "--out", tmp_path)
     assert result.exit_code == 1

@@ -116,3 +116,15 @@ def test_upcast_vae_in_fp16(sim: Any, enable: Any) -> None:
     pinned = offload.stats.pinned_nbytes
     assert_same(images_of("sdxl-upcast", pipe), expected)
     assert offload.stats.pinned_nbytes == pinned, "slabs are kept over the cast and back"
+
+
+@pytest.mark.parametrize("budget", [None, "stock", 6 << 20])
+@pytest.mark.parametrize("name", ["sdxl-img2img", "sdxl-inpaint"])
+def test_upcast_vae_that_encodes_first(name: str, budget: Any, sim: Any, enable: Any) -> None:
+    """The VAE is cast while it is on the device, and later that memory is wanted for something else."""
+    pipe = CASES[name].build(force_upcast=True, dtype=torch.float16).to(DEVICE)
+    expected = images_of(name, pipe)
+    del pipe
+    pipe = CASES[name].build(force_upcast=True, dtype=torch.float16)
+    enable(pipe, budget=budget, unit_min=4096, unit_max=64 << 10)
+    assert_same(images_of(name, pipe), expected)

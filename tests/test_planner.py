@@ -154,6 +154,16 @@ def test_a_drop_for_a_prefetch_is_of_a_unit_used_strictly_later(case: Case) -> N
     assert not extra, "dropped for nothing"
 
 
+def test_one_prefetch_may_take_several_drops_the_farthest_and_last_first() -> None:
+    components = {"text": ("t",), "unet": ("a", "b"), "vae": ("v0", "v1"), "control": ("c",)}
+    nbytes = {"t": 1, "a": 2, "b": 3, "v0": 1, "v1": 1, "c": 1}
+    held = frozenset({"t", "a", "v0", "v1", "c"})
+    view = View(nbytes, held, frozenset(nbytes), components, sum(nbytes[u] for u in held))
+    assert plan_entry(view, "text", 6, ["unet", "vae", "control", "text"]) == EntryPlan(("c", "v1", "v0"), ("b",), 6)
+    assert plan_entry(view, "text", 7, ["unet", "vae", "control", "text"]) == EntryPlan(("c", "v1"), ("b",), 7)
+    assert plan_entry(view, "text", 6, ["unet", "vae", "control", "text"], frozenset("c")) == EntryPlan((), (), 6)
+
+
 @settings(deadline=None, max_examples=120)
 @given(cases(prefetch=True))
 def test_prefetching_stops_only_where_the_next_unit_could_not_have_room(case: Case) -> None:

@@ -28,8 +28,13 @@ def components(draw: st.DrawFn, smallest: int = 0) -> list[Extent]:
 
 @st.composite
 def bounds(draw: st.DrawFn, smallest: int = 1) -> Limits:
-    unit_min = draw(st.integers(smallest, 6000))
-    return unit_min, draw(st.integers(unit_min, 9000))
+    def size(least: int, most: int) -> int:
+        """Any size, or one that is just reached by aligned extents."""
+        whole = st.integers(-(-least // ALIGNMENT), most // ALIGNMENT).map(lambda n: n * ALIGNMENT)
+        return draw(st.integers(least, most) | whole)
+
+    unit_min = size(smallest, 6144)
+    return unit_min, size(unit_min, 9216)
 
 
 def room(extents: list[Extent], numbers: list[int]) -> int:

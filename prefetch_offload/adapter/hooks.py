@@ -13,8 +13,10 @@ from torch import nn
 
 from ..component import Component
 from ..config import Settings
-from ..device import OUT_OF_MEMORY
-from ..engine import Client, Engine, engine_for
+from ..device import is_out_of_memory
+from ..engine import Engine
+from ..holdings import Client
+from ..registry import engine_for
 
 
 @dataclasses.dataclass(eq=False)
@@ -129,16 +131,20 @@ class CpuOffload(accelerate.hooks.CpuOffload):
         if component is None or session is None:
             return call(*args, **kwargs)
         lanes = session.engine.lanes
-        # With gradients a second forward would not be the same computation.
-        retry = not torch.is_grad_enabled() and not component.running
+        if torch.is_grad_enabled():
+            session.engine.keep_memory(component)
+        retry = not component.running and _repeatable(args, kwargs) and not lanes.capturing()
+        versions = [t._version for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)] if retry else []
         state = lanes.generator_state() if retry else None
         component.running += 1
         try:
             try:
                 return call(*args, **kwargs)
-            except OUT_OF_MEMORY:
-                if not retry:
+            except RuntimeError as error:
+                if not retry or not is_out_of_memory(error):
                     raise
+                if versions != [t._version for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]:
+                    raise  # its inputs are no longer what they were
             # Out of the handler, so that the failed forward's frames and their tensors are gone.
             session.engine.out_of_memory(component)
             lanes.set_generator_state(state)
@@ -156,6 +162,29 @@ class CpuOffload(accelerate.hooks.CpuOffload):
     def __reduce__(self) -> Any:
         # Engines do not travel: what is unpickled is stock's hook.
         return accelerate.hooks.CpuOffload, (self.execution_device,)
+
+
+_PLAIN = (torch.Tensor, str, bytes, int, float, complex, torch.dtype, torch.device, torch.Size, type(None))
+
+
+def _repeatable(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """A second forward with these arguments would be the same computation.
+
+    Not with gradients, whose graph the first has begun; not with objects that a forward may have changed, as a key-value
+    cache; and not with inference tensors, whose changes leave no mark.
+    """
+    if torch.is_grad_enabled():
+        return False
+    stack: list[Any] = [*args, *kwargs.values()]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, tuple | list):
+            stack += value
+        elif isinstance(value, dict):
+            stack += value.values()
+        elif not isinstance(value, _PLAIN) or (isinstance(value, torch.Tensor) and value.is_inference()):
+            return False
+    return True
 
 
 def unwrap(module: nn.Module) -> nn.Module:

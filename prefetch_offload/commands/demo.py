@@ -47,7 +47,7 @@ SIMULATED = Size(
     {"unit_min": MIB, "unit_max": 2 * MIB},
 )
 # Added to each simulated operator, so that a call's time is not all this CPU's, which other programs may be using too.
-OP_DELAY_US = 300
+OP_DELAY_US = 200
 # About 2 GB of weights.
 REAL = Size(
     torch.float16,

@@ -35,7 +35,8 @@ def reported(command: Command) -> Command:
         except (typer.Exit, typer.Abort, TransitionError):  # RuntimeErrors too; the last is a bug, and shows where
             raise
         except EXPECTED as error:
-            if kwargs.get("debug"):
+            ours = isinstance(error, ImportError) and (error.name or "").startswith("prefetch_offload")
+            if kwargs.get("debug") or ours:
                 raise
             # On the line of its own, unwrapped: it is for grep as much as for people.
             Console(stderr=True).print(f"error: {one_line(error)}", style="bold red", soft_wrap=True, markup=False)

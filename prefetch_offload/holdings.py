@@ -1,0 +1,320 @@
+"""What is taken in, and what of it is on the device: components, their units, and the steps that keep both true."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+
+from .adoption import needs_native_move
+from .calls import CallOrder, Memory
+from .component import Component
+from .config import Settings
+from .device import OUT_OF_MEMORY, Lanes
+from .errors import OffloadError
+from .host import Pins
+from .masters import Unit, modules_of
+from .native import NativeComponent
+from .planner import EntryPlan
+from .recorder import Recorder
+from .residency import Await, Drop, Dropped, Entered, Instruction, Load, LoadFailed, Residency
+from .transport import Transport
+
+_local = threading.local()
+
+
+class Client:
+    """What the engine knows of one pipeline.
+
+    Attributes:
+        components: the pipeline's, by key.
+        order: the order in which its calls enter components.
+        memory: its budget and what its components were measured to need.
+        calls: how many calls have ended.
+        calling: depth of pipeline calls in progress.
+        entered: components entered in this call, by key.
+        shapes: the last shape of each component, by key.
+        available: device bytes that weights could take in this call if nothing ran.
+        ceiling: no more than this, since the device refused more in this call; None: it did not.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.components: dict[str, Component] = {}
+        self.order = CallOrder()
+        self.memory = Memory(settings.budget)
+        self.calls = 0
+        self.calling = 0
+        self.entered: set[str] = set()
+        self.shapes: dict[str, object] = {}
+        self.available = 0
+        self.ceiling: int | None = None
+
+
+class Holdings:
+    """The components and units of one device. `Engine` decides what moves when."""
+
+    def __init__(self, device: torch.device, settings: Settings) -> None:
+        self.device, self.settings = device, settings
+        self.clients: weakref.WeakSet[Client] = weakref.WeakSet()
+        self.lanes = Lanes(device, settings.verify)
+        self.pins = Pins(device, settings.pinned_limit, settings.staging, settings.pin)
+        self.transport = Transport(self.lanes, self.pins)
+        self.residency = Residency()
+        self.recorder = Recorder(self.lanes)
+        self.lock = threading.RLock()
+        self.components: dict[str, weakref.ref[Component]] = {}
+        self._by_module: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Component]] = weakref.WeakKeyDictionary()
+        self.units: dict[str, Unit] = {}
+        self.current: dict[int, str] = {}  # by thread: the key of the component entered last
+        self._dirty = False
+        self._graveyard: list[str] = []
+        self._depth = 0
+
+    # ------------------------------------------------------------- consistency
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Hold the lock over a change. An interrupt inside it leaves a mark, and the next change repairs first."""
+        with self.lock:
+            outermost = not self._depth
+            self._depth += 1
+            try:
+                if outermost:
+                    if self._dirty:
+                        self._recover()
+                    self._dirty = True
+                yield
+                if outermost:
+                    self._bury()
+                    self._dirty = False
+            except (*OUT_OF_MEMORY, OffloadError):
+                # Orderly: every step either happened or did not. After anything else the next change repairs first.
+                if outermost:
+                    self._dirty = False
+                raise
+            finally:
+                self._depth -= 1
+
+    def _recover(self) -> None:
+        """After an interrupt anywhere in the engine: wait for the device, show masters, hold nothing.
+
+        What runs in another thread right now is left as it is: it was ready before, and no step takes it away.
+        """
+        self.lanes.synchronize()
+        running = [c for c in self.live() if c.running and c.bound]
+        kept = {u.key for c in running for u in c.units if u.key in self.transport.flights}
+        for component in self.live():
+            if component not in running:
+                component.unbind()
+        self.transport.reset([u for u in self.units.values() if u.key not in kept])
+        self.residency = Residency()
+        for unit in self.units.values():
+            self.residency.add_unit(unit.key, unit.nbytes, unit.prefetchable)
+        for component in self.live():
+            self._register(component)
+        for component in running:
+            self.residency.handle(Entered(component.key, EntryPlan()))  # carried out before
+        names = {c.key for c in running}
+        self.current = {t: key for t, key in self.current.items() if key in names}
+
+    # -------------------------------------------------------------- components
+    def component(self, module: nn.Module, settings: Settings, name: str) -> Component:
+        """The component of `module`, taken in as `name` if it is new."""
+        with self._changing():
+            ref = self._by_module.get(module)
+            component = ref() if ref is not None else None
+            if component is None:
+                inside = set(map(id, modules_of(module)))
+                for other in self.live():  # some pipelines hook a model and its parts: the largest serves them all
+                    if module in modules_of(other.module):
+                        return other
+                parts = [c for c in self.live() if id(c.module) in inside]
+                kind = NativeComponent if needs_native_move(module) else Component
+                component = kind(module, name, self.device, settings, self.pins)
+                for part in parts:
+                    part.absorbed_by = component
+                    self.remove(part)
+                try:
+                    self._refresh(component)
+                except BaseException:  # no memory for its slabs, or an interrupt: as if it had never come
+                    self._forget(component.key)
+                    raise
+                self.components[component.key] = weakref.ref(component)
+                self._by_module[module] = weakref.ref(component)
+                finalizer = weakref.finalize(component, _collected, weakref.ref(self), component.key)
+                finalizer.atexit = False
+            elif not component.bound:
+                self._refresh(component)
+            return component
+
+    def detach(self, component: Component) -> None:
+        """`component` lost its hook: remove it, or, while hooks are being replaced, see later whether it got a new one."""
+        orphans = getattr(_local, "orphans", None)
+        if orphans is None:
+            self.remove(component)
+        else:
+            orphans.append((self, component))
+
+    def heir(self, component: Component, leaving: Client) -> Client | None:
+        """Another pipeline's client that uses `component`, if there is one."""
+        with self.lock:
+            for client in list(self.clients):
+                if client is not leaving and component.key in client.components:
+                    return client
+            return None
+
+    def live(self) -> list[Component]:
+        """Components taken in and not given up."""
+        return [c for ref in self.components.values() if (c := ref()) is not None]
+
+    def remove(self, component: Component) -> None:
+        """Stop offloading: weights stay where they are shown now; device copies, pins and masters are given up."""
+        with self._changing():
+            if component.key not in self.components:
+                return
+            bound = component.bound
+            if bound:
+                component.release_twins()
+            self._drop([u.key for u in component.units if u.key in self.transport.flights], keep_memory=bound)
+            component.stop_casting()
+            self._forget(component.key)
+            self._by_module.pop(component.module, None)
+
+    def _forget(self, key: str) -> None:
+        for unit in self._units_of(key):
+            self._forget_unit(unit)
+        self.residency.remove_component(key)
+        self.components.pop(key, None)
+        self.recorder.totals.pop(key, None)
+        for thread in [t for t, current in self.current.items() if current == key]:
+            del self.current[thread]
+        if not self.components:
+            self.pins.start_over()
+
+    def _units_of(self, key: str) -> list[Unit]:
+        """All units of a component, those suspended for the rest of a call included."""
+        return [unit for name, unit in self.units.items() if name.startswith(key + ".")]
+
+    def _forget_unit(self, unit: Unit) -> None:
+        self.residency.remove_unit(unit.key)
+        del self.units[unit.key]
+        self.recorder.owner.pop(unit.key, None)
+        self.transport.retire(unit)
+
+    def _bury(self) -> None:
+        while self._graveyard:
+            key = self._graveyard.pop()
+            if key in self.components:
+                self._drop([u.key for u in self._units_of(key) if u.key in self.transport.flights])
+                self._forget(key)
+
+    def _refresh(self, component: Component, transient: bool = False, sampled: bool = True) -> None:
+        """Bring the component in line with what its modules show; drop device copies that are no longer true.
+
+        Args:
+            transient: see `Component.adopt`.
+            sampled: compare fingerprints, too.
+        """
+        if not self.residency.knows(component.key) or not component.unchanged():
+            _, gone = component.adopt(transient)
+            self._drop([u.key for u in gone if u.key in self.transport.flights])
+            for unit in gone:
+                if unit not in component.suspended_units:
+                    self._forget_unit(unit)
+            for unit in component.units:
+                if unit.key not in self.units:
+                    self.units[unit.key] = unit
+                    self.residency.add_unit(unit.key, unit.nbytes, unit.prefetchable)
+                    self.recorder.owner[unit.key] = (component.key, component.name)
+            self._register(component)
+        stale = component.written()
+        if sampled and component.settings.fingerprints:
+            stale += [u for u in component.units if u.key in self.transport.flights and u not in stale and u.stale()]
+        self._drop([u.key for u in stale if u.key in self.transport.flights])
+
+    def _register(self, component: Component) -> None:
+        self.residency.set_component(component.key, [u.key for u in component.units])
+
+    # ------------------------------------------------------------------- moves
+    def _run(self, instructions: list[Instruction], after: list[Instruction], ahead: bool = False) -> None:
+        """Carry out, in order. Out of memory: tell the core what did not happen, `after` included, and raise."""
+        for i, instruction in enumerate(instructions):
+            unit = self.units[instruction.unit]
+            if isinstance(instruction, Load):
+                try:
+                    self.recorder.copied(self.transport.load(unit), ahead)
+                except BaseException:
+                    undone = (*instructions[i + 1 :], *after)
+                    self.residency.handle(LoadFailed(instruction.unit, undone))
+                    raise
+            elif isinstance(instruction, Await):
+                self.transport.wait(unit)
+            else:
+                self.transport.drop(unit)
+
+    def _unbind_readers(self, units: tuple[str, ...] | list[str]) -> tuple[str, ...]:
+        """Nobody shows a unit that is about to go. Returns those still there: taking a change over drops units, too."""
+        going = set(units)
+        for component in self.live():
+            if component.bound and any(u.key in going for u in component.units):
+                self._unbind(component)
+        return tuple(u for u in units if u in self.transport.flights)
+
+    def _drop(self, units: list[str], keep_memory: bool = False) -> None:
+        if not units:
+            return
+        for instruction in self.residency.handle(Dropped(self._unbind_readers(units))):
+            assert isinstance(instruction, Drop)
+            if keep_memory:
+                self.transport.abandon(self.units[instruction.unit])
+            else:
+                self.transport.drop(self.units[instruction.unit])
+
+    def _unbind(self, component: Component) -> None:
+        for unit in component.units:
+            if unit.key in self.transport.flights:
+                self.transport.read_back(unit)
+        stale = component.unbind()
+        self._drop([u.key for u in stale if u.key in self.transport.flights])
+
+
+@contextlib.contextmanager
+def rehooking() -> Iterator[Callable[[], None]]:
+    """While a pipeline's hooks are replaced: components that get a new hook keep their slabs and device copies.
+
+    Yields a function that gives up those that did not; it is also called on leaving.
+    """
+    outer = getattr(_local, "orphans", None)
+    orphans: list[tuple[Holdings, Component]] = []
+    _local.orphans = orphans if outer is None else outer
+
+    def finish() -> None:
+        while orphans:
+            holdings, component = orphans.pop()
+            if not component.hooked:
+                holdings.remove(component)
+
+    try:
+        yield finish
+    finally:
+        _local.orphans = outer
+        finish()
+
+
+def _collected(holdings_ref: weakref.ref[Holdings], key: str) -> None:
+    """A component was garbage collected, maybe in the middle of an engine step: bury it now or at that step's end."""
+    holdings = holdings_ref()
+    if holdings is None:
+        return
+    holdings._graveyard.append(key)
+    if holdings.lock.acquire(blocking=False):
+        try:
+            if not holdings._depth and not holdings._dirty:
+                with holdings._changing():
+                    pass
+        finally:
+            holdings.lock.release()
