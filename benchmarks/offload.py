@@ -2,8 +2,9 @@
 
     python -m benchmarks.offload --out DIR [--device cuda] [--model sdxl] [--steps 30 --steps 4]
 
-Writes offload.csv (a row per mode and step count), offload.json (the machine, the link as measured in this run, versions, commit
-and command) and a Perfetto trace of each of our modes. On the simulated accelerator every row says so; so must who quotes it.
+Writes offload.csv (a row per mode and step count), offload.json (the machine, the link as measured in this run, versions,
+commit and command) and a Perfetto trace of each of our modes. On the simulated accelerator every row says so; so must who
+quotes it.
 """
 
 from __future__ import annotations

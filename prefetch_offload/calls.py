@@ -41,6 +41,10 @@ class CallOrder:
                 self._position = (self._position + step) % n
                 return
 
+    def visits(self, component: str) -> int:
+        """How often `component` has been entered in this call."""
+        return self._current.count(component)
+
     def finish(self) -> None:
         """The call ended as it should: from now on this is the order to expect."""
         if self._current:

@@ -232,7 +232,7 @@ class Component:
         stale: list[Unit] = []
         slabs = [u for u in self.units if isinstance(u, SlabUnit)] if self.by_hand else []
         rewritten = {id(m.twin) for unit in slabs for m in unit.rewritten()}
-        if rewritten or not self._twins_untouched():
+        if rewritten or not self.untouched():
             stale = self._take_over(rewritten)
         for entries, key, master in self._slots:
             entries[key] = master.tensor
@@ -240,7 +240,17 @@ class Component:
         self._after_swap()
         return stale
 
-    def _twins_untouched(self) -> bool:
+    @property
+    def shown(self) -> bool:
+        """A glance at whether the modules still show twins: someone may have moved the module by hand."""
+        for entries, key, master in (*self._slots[:1], *self._slots[-1:]):
+            twin = entries.get(key)
+            if twin is not master.twin or twin is None or twin.data_ptr() != master.twin_ptr:
+                return bool(self.running)
+        return True
+
+    def untouched(self) -> bool:
+        """The modules show the twins that they were bound to, each where it was and unwritten."""
         modules = modules_of(self.module)
         if modules != self._modules or self._count(modules) != self._n_entries:
             return False
@@ -311,8 +321,9 @@ class Component:
         self.bound = False
 
     def returned(self) -> None:
-        """Bring tensors that someone placed on the device back to the host, as stock does at the end of a call."""
-        if any(t.device == self.device for _, _, t in tensors_of(modules_of(self.module))):
+        """Bring the module back to the host if someone placed it on the device, as stock does at the end of a call."""
+        first = next((t for _, _, t in tensors_of(self._modules[:8])), None)
+        if self._placed or (first is not None and first.device == self.device):
             self.module.to("cpu")
 
 

@@ -46,6 +46,7 @@ class Engine(Holdings):
         """Nothing is to be done: the component was the last one entered here, and is shown on the device."""
         return (
             component.bound
+            and component.shown
             and self.current.get(threading.get_ident()) == component.key
             and torch.accelerator.current_stream(self.device).stream_id == component.stream_id
         )
@@ -71,10 +72,12 @@ class Engine(Holdings):
             self._end_segment(thread)
             first = component.key not in client.entered
             switched = self.current.get(thread) != component.key
+            if component.bound and not component.running and not (component.untouched() if first else component.shown):
+                self._unbind(component)  # moved or changed by hand since it was entered
             if not component.bound:
                 self._refresh(component, transient=client.calling > 0)
-            if first and previous is not None and previous is not component and previous.bound:
-                self._unbind(previous)
+            if previous is not None and previous is not component and previous.bound and client.order.visits(component.key) < 2:
+                self._unbind(previous)  # not for ever: two networks that take turns in every step stay shown
             client.entered.add(component.key)
             if switched:
                 self.recorder.left()
@@ -246,8 +249,9 @@ class Engine(Holdings):
             if component.running:
                 continue  # in another thread
             if component.bound:
-                self._unbind(component)
-            component.returned()
+                self._unbind(component)  # which brings back whatever else was on the device
+            else:
+                component.returned()
             if component.transient_residency:
                 self._drop([u.key for u in component.units if u.key in self.transport.flights])
             if component.suspended or component.outdated:

@@ -173,6 +173,18 @@ def test_a_forgotten_component_is_out_of_the_order_also_in_mid_call(names: list[
     assert order.expected == tuple(left[0] + left[1])
 
 
+@settings(deadline=None)
+@given(hint=names_with_repeats, before=switches, names=switches)
+def test_visits_are_counted_from_the_start_of_the_call(hint: list[str], before: list[str], names: list[str]) -> None:
+    order = CallOrder(hint)
+    call(order, before)
+    for i, name in enumerate(names):
+        assert order.visits(name) == names[:i].count(name)
+        order.enter(name)
+    order.finish()
+    assert all(order.visits(name) == 0 for name in NAMES)
+
+
 def test_nothing_known_nothing_expected() -> None:
     order = CallOrder()
     assert order.upcoming() == ()

@@ -8,12 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from conftest import DEVICE, settle
-from torch import nn
+from conftest import DEVICE
+from race import on_a_slow_link
 from wide import Wide, WidePipeline
 
 from prefetch_offload.adapter.hooks import shape_of
-from prefetch_offload.testing.pipelines import scaled
 
 
 def cpu_seconds(function: Callable[[], object], rounds: int, setup: Callable[[], object] = lambda: None) -> float:
@@ -69,42 +68,8 @@ def test_a_first_entry_costs_a_few_looks_at_each_parameter(enable: Any) -> None:
     assert entry <= 25 * look
 
 
-def _seconds(pipe: Any, case: Any, sim: Any, seed: int) -> float:
-    settle(sim)
-    start = time.perf_counter()
-    case.call(pipe, seed=seed, steps=4)
-    return time.perf_counter() - start
-
-
-def _race(sim: Any, case: Any, pipes: list[Any], rounds: int) -> list[float]:
-    """Median seconds of each, taking turns so that drift of the machine meets all alike; a first call of each is not counted."""
-    times: list[list[float]] = [[] for _ in pipes]
-    for seed in range(rounds + 1):
-        for pipe, kept in zip(pipes, times, strict=True):
-            kept.append(_seconds(pipe, case, sim, seed))
-    return [sorted(kept[1:])[rounds // 2] for kept in times]
-
-
-def test_speed_on_a_slow_link(sim: Any, enable: Any) -> None:
-    """Copying all weights takes as long as computing: at stock's memory at least 1.6 times faster than stock, and within a
-    tenth of resident when the default budget holds everything. Ratios of medians, on the simulated accelerator."""
-    case = scaled("sdxl", width=64)
-    resident_pipe = case.build().to(DEVICE)
-    sim.op_delay_us(50)  # compute takes its time without taking the processor's
-    resident = min(_seconds(resident_pipe, case, sim, seed) for seed in range(3))
-    modules = [m for m in resident_pipe.components.values() if isinstance(m, nn.Module)]
-    gbps = sum(p.numel() * p.itemsize for m in modules for p in m.parameters()) / resident / 1e9
-    sim.configure(1 << 50, gbps, gbps, gbps)
-
-    stock_pipe, pipe = case.build(), case.build()
-    stock_pipe.enable_model_cpu_offload(device=DEVICE)
-    offload = enable(pipe, budget="stock", verify=False, unit_min=64 << 10, unit_max=512 << 10)
-    stock, ours = _race(sim, case, [stock_pipe, pipe], 3)
-    print(f"\nsimulated: stock {stock:.2f} s, ours at stock's memory {ours:.2f} s\n{offload.report()}")
-    assert stock / ours >= 1.6
-
-    enable(pipe, verify=False)
-    resident, default = _race(sim, case, [resident_pipe, pipe], 5)
-    print(f"simulated: resident {resident:.2f} s, ours with the default budget {default:.2f} s")
-    sim.op_delay_us(0)
-    assert default <= 1.1 * resident
+def test_speed_on_a_slow_link(sim: Any) -> None:
+    """With wide room, since the machine may be busy; benchmarks/test_simulated_speed.py has the project's own limits."""
+    times = on_a_slow_link(sim)
+    assert times["stock"] / times["ours"] >= 1.25
+    assert times["default"] / times["resident"] <= 1.6

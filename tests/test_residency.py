@@ -412,6 +412,25 @@ def test_an_unknown_name_changes_nothing(event: Event) -> None:
     assert snapshot(residency) == before
 
 
+def test_removing_a_component_leaves_its_units() -> None:
+    residency = four_units()
+    residency.handle(Entered("unet", EntryPlan()))
+    assert residency.knows("unet")
+    residency.remove_component("unet")
+    residency.remove_component("unet")  # not known any more: nothing to do
+    assert not residency.knows("unet")
+    assert residency.knows("text")
+    assert residency.held() == ("a", "b", "c")
+    residency.validate()
+
+
+def test_removing_a_unit_takes_it_out_of_its_components() -> None:
+    residency = four_units()
+    residency.remove_unit("b")
+    assert residency.units_of("unet") == ("a", "c")
+    residency.validate()
+
+
 def test_a_view_is_a_copy() -> None:
     residency = four_units()
     view = residency.view()

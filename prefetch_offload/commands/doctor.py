@@ -79,7 +79,8 @@ def gather(simulate: bool) -> Facts:
     memory = psutil.virtual_memory()
     limit = cgroup_limit()
     return Facts(
-        versions={name: _version(name) for name in PACKAGES},
+        versions={name: _version(name) for name in PACKAGES}
+        | {"torch": torch.__version__},  # with the build: +cpu, +cu130
         system=f"Python {platform.python_version()}, {platform.system()} {platform.release()}",
         wsl=_wsl(),
         accelerator=None if device is None else str(device),
