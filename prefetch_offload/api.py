@@ -67,6 +67,7 @@ def apply(pipe: DiffusionPipeline, gpu_id: int | None, device: torch.device | st
     """
     arguments = {k: v for k, v in (("gpu_id", gpu_id), ("device", device)) if v is not None}
     adapter.refuse_as_stock(pipe, arguments)  # its reasons first, and before anything has been changed
+    check_device(gpu_id, device)
     for name, module in pipe.components.items():
         if isinstance(module, nn.Module) and not adapter.is_sequential(module):
             check_tensors(name, module)
@@ -101,6 +102,29 @@ def apply(pipe: DiffusionPipeline, gpu_id: int | None, device: torch.device | st
         hooked = [unwrap(h.model) for h in getattr(pipe, "_all_hooks", [])]
         client.order.expect([keys[id(m)] for m in hooked if id(m) in keys])
     return offload
+
+
+def check_device(gpu_id: int | None, device: torch.device | str | None) -> None:
+    """Refuse a device that is not there; diffusers would find out in the first call.
+
+    Raises:
+        SettingError: with what there is.
+    """
+    if device is None:
+        return  # diffusers looks for one
+    wanted = torch.device(device)
+    module = getattr(torch, wanted.type, None)
+    if not hasattr(module, "is_available") or not hasattr(module, "device_count"):
+        return
+    count = module.device_count() if module.is_available() else 0
+    index = gpu_id or wanted.index or 0
+    if isinstance(index, int) and index >= count:
+        have = torch.accelerator.current_accelerator()
+        found = f"{count} of type {wanted.type}" if count else f"one of type {have}" if have is not None else "none"
+        raise SettingError(
+            f"device={str(device)!r}, gpu_id={gpu_id!r}: there is no accelerator {wanted.type}:{index} here; PyTorch finds {found}. "
+            "Name one that is there, or leave `device` out to have it found."
+        )
 
 
 def check_budget(pipe: DiffusionPipeline, settings: Settings) -> None:

@@ -31,7 +31,7 @@ class Component:
         module: held weakly; the pipeline owns it.
         units: what it needs on the device, in definition order.
         bound: its modules show twins.
-        by_hand: it was bound outside of any call, so that a program may have written to what it saw.
+        by_hand: it was bound outside of any call, or in one with a callback: a program may have written to what it saw.
         running: calls into it that have not returned.
         absorbed_by: the larger component that it has become part of.
         d2h_nbytes: bytes written back because the device's copy had changed.

@@ -93,7 +93,7 @@ class Engine(Holdings):
             self._make_ready(component, client, cap)
             if not component.bound:
                 component.bind()
-                component.by_hand = not client.calling
+                component.by_hand = client.watched or not client.calling
             component.stream_id = self.lanes.compute().stream_id
             self._start_segment(thread, client, component, shape)
             self.recorder.entered(component.key, component.name, self.residency.held_nbytes)

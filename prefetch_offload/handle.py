@@ -20,6 +20,7 @@ from .adapter import pipeline as adapter
 from .adapter.entry import attach
 from .adapter.hooks import CpuOffload, Session, unwrap
 from .adoption import check_tensors
+from .component import Component
 from .config import Settings
 from .engine import Engine
 from .hazards import Hazard
@@ -35,12 +36,27 @@ def hook_of(module: Any) -> CpuOffload | None:
     return None
 
 
+_handles: weakref.WeakSet[Offload] = weakref.WeakSet()
+
+
+def _pipeline_gone(handle: weakref.ref[Offload]) -> None:
+    """A handle that outlives its pipeline does not keep the components alive."""
+    offload = handle()
+    if offload is not None:
+        components = offload._session.client.components
+        offload._leftovers.update(components.values())
+        components.clear()
+
+
 class Offload:
     """The handle of an enabled pipeline; there is one per pipeline. As a context manager it disables on exit."""
 
     def __init__(self, pipe: DiffusionPipeline, session: Session) -> None:
         self._pipe = weakref.ref(pipe)
         self._session = session
+        self._leftovers: weakref.WeakSet[Component] = weakref.WeakSet()
+        weakref.finalize(pipe, _pipeline_gone, weakref.ref(self)).atexit = False
+        _handles.add(self)
 
     def __repr__(self) -> str:
         pipe = self._pipe()
@@ -113,12 +129,11 @@ class Offload:
         """Undo `enable`: weights on the host in ordinary memory, no hooks, no device memory. Again is a no-op."""
         pipe = self._pipe()
         engine, client = self._engine, self._session.client
-        engine.evict([c for c in client.components.values() if engine.heir(c, client) is None])
-        if pipe is None:  # gone already: whatever of it is left goes, too
-            for component in list(client.components.values()):
-                if engine.heir(component, client) is None:
-                    engine.remove(component)
-            client.components.clear()
+        mine = [*client.components.values(), *self._leftovers]
+        engine.evict([c for c in mine if engine.heir(c, client) is None])
+        if pipe is None:  # gone already: components that something else keeps alive go, too
+            for component in list(self._leftovers):
+                self._unhook(component.module)
             return
         if adapter.offload_of(pipe) is not self:
             return
@@ -127,7 +142,8 @@ class Offload:
             adapter.let_go(part)
         self._unhook_all(pipe)
         for component in list(client.components.values()):  # hooked by an override, not a component of the pipeline
-            engine.remove(component)
+            if engine.heir(component, client) is None:
+                engine.remove(component)
         client.components.clear()
         adapter.let_go(pipe)
         engine.lanes.empty_cache()
@@ -139,9 +155,15 @@ class Offload:
             self._unhook(module)
         for name in pipe._exclude_from_cpu_offload:  # these went to the device when the pipeline was enabled
             module = getattr(pipe, name, None)
-            if isinstance(module, nn.Module) and hook_of(module) is None:
+            if isinstance(module, nn.Module) and hook_of(module) is None and not self._shared(module):
                 module.to("cpu")
         pipe._all_hooks = []
+
+    def _shared(self, module: nn.Module) -> bool:
+        """Another enabled pipeline has the module, too."""
+        others = [(o, o._pipe()) for o in list(_handles) if o is not self]
+        pipes = [p for o, p in others if p is not None and adapter.offload_of(p) is o]
+        return any(m is module for p in pipes for m in p.components.values())
 
     def _unhook(self, module: nn.Module) -> None:
         """Detach our hook; where another enabled pipeline shares the module, hand it over instead."""
@@ -153,7 +175,8 @@ class Offload:
         heir = self._engine.heir(component, client) if component is not None else None
         if heir is None:
             hook.detach_hook(module)
-            accelerate.hooks.remove_hook_from_module(unwrap(module))  # chained ones go, too, as when stock removes them
+            # Those chained to it and those of its parts go, too, as when stock removes them.
+            accelerate.hooks.remove_hook_from_module(unwrap(module), recurse=True)
             return
         assert component is not None
         hook.session = dataclasses.replace(self._session, client=heir, settings=heir.settings)
@@ -161,11 +184,20 @@ class Offload:
         del client.components[component.key]
 
     # ------------------------------------------------ what the pipeline's class calls
+    @property
+    def active(self) -> bool:
+        """There are hooks: nobody has removed them all. Some overrides keep none of them in `_all_hooks`."""
+        pipe = self._pipe()
+        assert pipe is not None
+        hooks = [getattr(p, "_all_hooks", None) for p in (pipe, *adapter.parts_of(pipe))]
+        return any(hooks) or bool(self._session.client.components)
+
     @contextlib.contextmanager
-    def calling(self) -> Iterator[None]:
-        """A call of the pipeline."""
+    def calling(self, *given: Any) -> Iterator[None]:
+        """A call of the pipeline, with these arguments."""
         self._adopt_strays()
         client = self._session.client
+        client.watched = any(map(callable, given))
         failed = True
         try:
             self._engine.start_call(client)
@@ -200,7 +232,7 @@ class Offload:
         inner = unwrap(after) if isinstance(after, nn.Module) else None
         gone = before is not None and unwrap(before) is not inner and not any(m is before for m in pipe.components.values())
         leaving = [m for m in (inner, unwrap(before) if gone and before is not None else None) if m is not None]
-        old = next((h for h in pipe._all_hooks if unwrap(h.model) in leaving), None)
+        old = next((h for h in getattr(pipe, "_all_hooks", []) if unwrap(h.model) in leaving), None)
         if gone and before is not None:
             hook = hook_of(before)
             if hook is not None:
@@ -232,7 +264,7 @@ class Offload:
 
 def _stand_in(pipe: DiffusionPipeline, old: Any, new: Any) -> None:
     """`new` (None: nobody) takes the place of the user hook `old` (None: the end) in the pipeline's list and chain."""
-    hooks = pipe._all_hooks
+    hooks = getattr(pipe, "_all_hooks", [])
     if old is None:
         if new is not None:
             hooks.append(new)

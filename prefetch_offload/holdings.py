@@ -36,6 +36,7 @@ class Client:
         memory: its budget and what its components were measured to need.
         calls: how many calls have ended.
         calling: depth of pipeline calls in progress.
+        watched: the call was given a callback, which may write to weights.
         entered: components entered in this call, by key.
         shapes: the last shape of each component, by key.
         available: device bytes that weights could take in this call if nothing ran.
@@ -49,6 +50,7 @@ class Client:
         self.memory = Memory(settings.budget)
         self.calls = 0
         self.calling = 0
+        self.watched = False
         self.entered: set[str] = set()
         self.shapes: dict[str, object] = {}
         self.available = 0

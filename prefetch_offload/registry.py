@@ -20,15 +20,13 @@ def engine_for(device: torch.device, settings: Settings) -> Engine:
         SettingError: pipelines are enabled there with other settings that concern the device as a whole.
     """
     engine = engines.get(device)
-    if engine is not None:
-        differing = [n for n in _SHARED if getattr(engine.settings, n) != getattr(settings, n)]
-        if not differing:
-            return engine
-        if engine.live():
-            name = differing[0]
+    if engine is None or not engine.live():  # figures and hazards of pipelines that are gone go with their engine
+        engine = engines[device] = Engine(device, settings)
+        return engine
+    for name in _SHARED:
+        if getattr(engine.settings, name) != getattr(settings, name):
             raise SettingError(
                 f"{name}={getattr(settings, name)!r} concerns all of {device}, where a pipeline is enabled with "
                 f"{name}={getattr(engine.settings, name)!r}: use the same, or disable that one first."
             )
-    engine = engines[device] = Engine(device, settings)
     return engine

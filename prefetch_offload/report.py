@@ -164,8 +164,9 @@ def _on(timeline: Timeline, track: str, key: str) -> float:
 def table(stats: Stats) -> Table:
     """The components as a rich table."""
     where = stats.device + (" (simulated)" if stats.simulated else "")
-    made = Table(title=f"prefetch_offload on {where}, {stats.calls} calls, budget {stats.budget or 'free memory'}")
-    made.add_column("component")
+    budget = f"{stats.budget / MIB:.1f} MiB" if isinstance(stats.budget, int) else stats.budget or "free memory"
+    made = Table(title=f"prefetch_offload on {where}, {stats.calls} calls, budget {budget}")
+    made.add_column("component", no_wrap=True)
     for heading in ("weights MiB", "entries", "hits", "misses", "moved MiB", "hidden ms", "exposed ms", "compute ms"):
         made.add_column(heading, justify="right")
     for c in stats.components:

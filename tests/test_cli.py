@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,12 @@ def test_demo_says_when_images_differ(ext: Any, tmp_path: Path, monkeypatch: pyt
     assert result.exit_code == 1
     assert "DIFFERENT" in result.output
     assert "this is a bug" in result.output
+
+
+def test_demo_needs_matplotlib_and_says_so_before_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert is_error(call("demo", "--out", tmp_path / "out"), "matplotlib", "[plot]")
+    assert not (tmp_path / "out").exists()
 
 
 # ------------------------------------------------------------------- doctor

@@ -52,6 +52,11 @@ def test_the_own_group_limits(root: Path, tmp_path: Path) -> None:
     assert cgroup_limit(root, member(tmp_path, "0::/job")) == (8 * GIB, 3 * GIB)
 
 
+def test_a_group_may_have_a_colon_in_its_name(root: Path, tmp_path: Path) -> None:
+    group(root / "vm:1/job:2", 8 * GIB, 3 * GIB)
+    assert cgroup_limit(root, member(tmp_path, "0::/vm:1/job:2")) == (8 * GIB, 3 * GIB)
+
+
 def test_a_group_that_is_not_ours_limits_nothing(root: Path, tmp_path: Path) -> None:
     group(root / "job", 8 * GIB, 3 * GIB)
     group(root / "other", 1 * GIB, 0)
@@ -159,7 +164,7 @@ def test_the_reserve(monkeypatch: pytest.MonkeyPatch, total: int, limit: int | N
     Total.total = total * GIB  # type: ignore[attr-defined]
     monkeypatch.setattr(psutil, "virtual_memory", lambda: Total)
     # how much of the limit is used makes no difference: the weights to be pinned are in memory already
-    monkeypatch.setattr(memory, "cgroup_limit", lambda: None if limit is None else (limit * GIB, limit * GIB))
+    monkeypatch.setattr(memory, "cgroup_limit", lambda: None if limit is None else (limit * GIB, limit * GIB - 1))
     assert pinnable_nbytes() == pinnable * GIB
 
 

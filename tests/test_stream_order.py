@@ -31,7 +31,8 @@ def plain_call(pipe: Any, offload: Any) -> None:
 def two_streams(pipe: Any, offload: Any) -> None:
     """The text encoder runs on one stream, then on another, and then its memory is wanted back."""
     ids = torch.ones(1, 77, dtype=torch.long, device=DEVICE)
-    with torch.no_grad():
+    # As a call of the pipeline: outside of one, weights are looked at on the device, and the host waits for that.
+    with torch.no_grad(), offload.calling():
         pipe.text_encoder(ids)
         other = torch.Stream(device=DEVICE)
         other.wait_event(torch.accelerator.current_stream().record_event())

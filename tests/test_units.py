@@ -179,6 +179,13 @@ def test_a_unit_is_named_after_its_first_block() -> None:
     assert [(u.name, u.nbytes) for u in cut(extents, 512, 1024)] == [("rest", 768), ("blocks.1", 512)]
 
 
+def test_bounds_may_be_met_exactly() -> None:
+    extents = [Extent(f"blocks.{i}.w", 256) for i in range(5)]
+    assert [contents(unit) for unit in cut(extents, 512, 512)] == [[0, 1], [2, 3], [4]]
+    assert [contents(unit) for unit in cut(extents, 513, 768)] == [[0, 1, 2], [3, 4]]
+    assert [contents(unit) for unit in cut(extents, 513, 767)] == [[0, 1], [2, 3], [4]]
+
+
 def test_a_large_block_is_split_at_tensors_and_a_large_tensor_is_not() -> None:
     extents = [Extent(f"blocks.0.w{i}", nbytes) for i, nbytes in enumerate([256, 512, 256, 2048, 256])]
     assert [contents(unit) for unit in cut(extents, 256, 768)] == [[0, 1], [2], [3], [4]]

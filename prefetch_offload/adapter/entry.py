@@ -132,11 +132,14 @@ def _make(base: Any) -> type:
 def _equal_to_base(meta: Any) -> Any:
     """A metaclass of classes that equal their base: `from_pipe` asks whether ``type(component) in`` the ones it accepts."""
 
+    def plain(cls: Any) -> Any:  # a class that someone derives from one of these is its own
+        return cls.__dict__.get("_prefetch_base", cls) if isinstance(cls, type) else cls
+
     def __eq__(cls: Any, other: object) -> bool:
-        return cls is other or getattr(other, "_prefetch_base", other) is cls._prefetch_base
+        return plain(cls) is plain(other)
 
     def __hash__(cls: Any) -> int:
-        return type.__hash__(cls._prefetch_base)
+        return type.__hash__(plain(cls))
 
     return type(meta.__name__, (meta,), {"__eq__": __eq__, "__hash__": __hash__})
 

@@ -165,9 +165,9 @@ def _make(base: Any) -> type:
     @functools.wraps(base.__call__)
     def __call__(self: DiffusionPipeline, *args: Any, **kwargs: Any) -> Any:
         offload = offload_of(self)
-        if offload is None or not any(getattr(p, "_all_hooks", None) for p in (self, *parts_of(self))):
+        if offload is None or not offload.active:
             return base.__call__(self, *args, **kwargs)
-        with offload.calling():
+        with offload.calling(*args, *kwargs.values()):
             return base.__call__(self, *args, **kwargs)
 
     @functools.wraps(base.enable_model_cpu_offload)

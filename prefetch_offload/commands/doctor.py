@@ -87,7 +87,7 @@ def gather(simulate: bool) -> Facts:
         name=None if device is None else devices.describe(device),
         simulated=simulated,
         # The simulated device's capacity is a setting, not a fact.
-        device_memory=None if device is None or simulated else int(torch.accelerator.get_memory_info(device)[1]),
+        device_memory=None if device is None or simulated else _memory_of(device),
         link=None if device is None else link.measure(device, SIMULATED_PROBE if simulated else 256 * MIB),
         host_memory=memory.total,
         host_available=memory.available,
@@ -98,6 +98,11 @@ def gather(simulate: bool) -> Facts:
         compiler=shutil.which((shlex.split(os.environ.get("CXX", "")) or ["c++"])[0]),
         ninja=util.find_spec("ninja") is not None or shutil.which("ninja") is not None,
     )
+
+
+def _memory_of(device: torch.device) -> int | None:
+    module: Any = torch.get_device_module(device)
+    return int(module.mem_get_info(device)[1]) if hasattr(module, "mem_get_info") else None
 
 
 def _version(package: str) -> str | None:
