@@ -122,8 +122,8 @@ def check_device(gpu_id: int | None, device: torch.device | str | None) -> None:
         have = torch.accelerator.current_accelerator()
         found = f"{count} of type {wanted.type}" if count else f"one of type {have}" if have is not None else "none"
         raise SettingError(
-            f"device={str(device)!r}, gpu_id={gpu_id!r}: there is no accelerator {wanted.type}:{index} here; PyTorch finds {found}. "
-            "Name one that is there, or leave `device` out to have it found."
+            f"device={str(device)!r}, gpu_id={gpu_id!r}: there is no accelerator {wanted.type}:{index} here; PyTorch "
+            f"finds {found}. Name one that is there, or leave `device` out to have it found."
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +27,7 @@ class Component:
     Attributes:
         key: unique on its device (``unet#3``).
         name: what its pipeline calls it.
-        module: held weakly; the pipeline owns it.
+        module: held strongly, so that it is there for whoever walks over components while garbage is collected.
         units: what it needs on the device, in definition order.
         bound: its modules show twins.
         by_hand: it was bound outside of any call, or in one with a callback: a program may have written to what it saw.
@@ -47,7 +46,7 @@ class Component:
     ) -> None:
         self.key = f"{name}#{next(_numbers)}"
         self.name = name
-        self._module = weakref.ref(module)
+        self.module = module
         self.device, self.settings, self._pins = device, settings, pins
         self.units: list[Unit] = []
         self.bound = False
@@ -69,17 +68,9 @@ class Component:
         self._peft: list[nn.Module] = []
 
     @property
-    def module(self) -> nn.Module:
-        module = self._module()
-        assert module is not None, f"{self.key} is gone"
-        return module
-
-    @property
     def hooked(self) -> bool:
         """A hook of ours serves it now."""
-        module = self._module()
-        hook = module.__dict__.get("_hf_hook") if module is not None else None
-        return getattr(hook, "component", None) is self
+        return getattr(self.module.__dict__.get("_hf_hook"), "component", None) is self
 
     @property
     def nbytes(self) -> int:

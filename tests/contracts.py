@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ import diffusers.pipelines.pipeline_utils as pipeline_utils
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICE, settle
+from conftest import DEVICE, assert_same, resident, settle
 from torch import nn
 
 from prefetch_offload import Offload
@@ -22,7 +22,6 @@ Steps = Callable[[Any], list[Any]]
 
 # Nothing is ever evicted; and: in many units, of which little more than the running component's stays.
 BUDGETS = {"roomy": {}, "tight": {"budget": "stock", "unit_min": 4 << 10, "unit_max": 64 << 10}}
-budgets = pytest.mark.parametrize("settings", BUDGETS.values(), ids=BUDGETS)
 
 
 @contextmanager
@@ -79,13 +78,24 @@ def assert_equal(found: list[Any], expected: list[Any]) -> None:
             assert one == other, f"{where}: {one!r}, under stock {other!r}"
 
 
-def like_stock(name: str, steps: Steps, sim: Any, enable: Any, *, settings: Any = None, **sizes: Any) -> tuple[Any, Offload]:
+def like_stock(
+    name: str, steps: Steps, sim: Any, enable: Any, *, settings: Any = None, **sizes: Any
+) -> tuple[Any, Offload]:
     """Run `steps` under stock and under us, and compare all that they return. Gives our pipeline and its handle."""
+    return next(iter(like_stock_in(({} if settings is None else settings,), name, steps, sim, enable, **sizes)))
+
+
+def like_stock_in(
+    budgets: Iterable[dict[str, Any]], name: str, steps: Steps, sim: Any, enable: Any, **sizes: Any
+) -> Iterator[tuple[Any, Offload]]:
+    """The same with each of several settings, one after the other."""
     expected = by_stock(name, steps, sim, **sizes)
-    pipe = CASES[name].build(**sizes)
-    offload = enable(pipe, **(settings or {}))
-    assert_equal(perform(steps, pipe), expected)
-    return pipe, offload
+    for settings in budgets:
+        pipe = CASES[name].build(**sizes)
+        offload = enable(pipe, **settings)
+        assert_equal(perform(steps, pipe), expected)
+        yield pipe, offload
+        offload.disable()
 
 
 def differ(*arrays: Any) -> bool:
@@ -111,8 +121,17 @@ def tensors(module: nn.Module) -> list[torch.Tensor]:
 def on_host(pipe: Any) -> bool:
     """Every component that may be offloaded shows host tensors."""
     return all(
-        t.device.type == "cpu" for n, m in parts(pipe).items() if n not in pipe._exclude_from_cpu_offload for t in tensors(m)
+        t.device.type == "cpu"
+        for n, m in parts(pipe).items()
+        if n not in pipe._exclude_from_cpu_offload
+        for t in tensors(m)
     )
+
+
+def assert_right(name: str, pipe: Any, calls: int = 2) -> None:
+    """It gives what the pipeline gives when all of it lives on the device: right after a change, and again."""
+    for seed, truth in list(enumerate(resident(name, torch.float32)))[:calls]:
+        assert_same([np.asarray(CASES[name].call(pipe, seed=seed))], [truth])
 
 
 def pixels(name: str, pipe: Any, seed: int = 0, steps: int = 1, **extra: Any) -> np.ndarray:

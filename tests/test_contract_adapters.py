@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import DEVICE, assert_same
-from contracts import budgets, by_stock, differ, hooked, like_stock, on_host, parts, pixels, state
+from contracts import BUDGETS, by_stock, differ, hooked, like_stock, like_stock_in, on_host, parts, pixels, state
 
 from prefetch_offload.testing import _pipeline_parts, _pipelines_sdxl
 from prefetch_offload.testing.pipelines import CASES, lora_state_dict
@@ -37,8 +37,7 @@ def assert_ours(pipe: Any) -> None:
 
 
 # ------------------------------------------------------------------------------ LoRA
-@budgets
-def test_a_lora_through_its_life(settings: Any, sim: Any, enable: Any) -> None:
+def test_a_lora_through_its_life(sim: Any, enable: Any) -> None:
     first, second = loras(1), loras(2)
 
     def steps(pipe: Any) -> list[Any]:
@@ -68,9 +67,9 @@ def test_a_lora_through_its_life(settings: Any, sim: Any, enable: Any) -> None:
         look()
         return [*made, state(pipe.unet)]
 
-    pipe, offload = like_stock("sd", steps, sim, enable, settings=settings)
-    assert_ours(pipe)
-    assert offload.stats.d2h_nbytes == 0, "all of it happened on the host"
+    for pipe, offload in like_stock_in(BUDGETS.values(), "sd", steps, sim, enable):
+        assert_ours(pipe)
+        assert offload.stats.d2h_nbytes == 0, "all of it happened on the host"
 
 
 def test_each_lora_step_has_an_effect(sim: Any) -> None:
@@ -90,8 +89,7 @@ def test_each_lora_step_has_an_effect(sim: Any) -> None:
 
 
 @pytest.mark.parametrize("safe", [False, True], ids=["plain", "safe"])
-@budgets
-def test_fuse_and_unfuse_while_components_are_on_the_device(settings: Any, safe: bool, sim: Any, enable: Any) -> None:
+def test_fuse_and_unfuse_while_components_are_on_the_device(safe: bool, sim: Any, enable: Any) -> None:
     weights = loras(3)
 
     def steps(pipe: Any) -> list[Any]:
@@ -111,12 +109,11 @@ def test_fuse_and_unfuse_while_components_are_on_the_device(settings: Any, safe:
         pipe.unload_lora_weights()
         return [*made, pixels("sd", pipe)]
 
-    pipe, _ = like_stock("sd", steps, sim, enable, settings=settings)
-    assert_ours(pipe)
+    for pipe, _ in like_stock_in(BUDGETS.values(), "sd", steps, sim, enable):
+        assert_ours(pipe)
 
 
-@budgets
-def test_load_and_unload_while_components_are_on_the_device(settings: Any, sim: Any, enable: Any) -> None:
+def test_load_and_unload_while_components_are_on_the_device(sim: Any, enable: Any) -> None:
     weights = loras(4)
 
     def steps(pipe: Any) -> list[Any]:
@@ -130,8 +127,8 @@ def test_load_and_unload_while_components_are_on_the_device(settings: Any, sim: 
         pipe.unload_lora_weights()
         return [*made, pixels("sd", pipe)]
 
-    pipe, _ = like_stock("sd", steps, sim, enable, settings=settings)
-    assert_ours(pipe)
+    for pipe, _ in like_stock_in(BUDGETS.values(), "sd", steps, sim, enable):
+        assert_ours(pipe)
 
 
 def test_a_lora_loaded_before_enable_and_fused_after(sim: Any, enable: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import DEVICE
-from contracts import BUDGETS, Steps, budgets, by_stock, differ, hooked, like_stock, on_host, parts, pixels, state
+from contracts import BUDGETS, Steps, by_stock, differ, hooked, like_stock, like_stock_in, on_host, parts, pixels, state
 from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 
@@ -80,17 +80,16 @@ WRITES = [
 
 
 @pytest.mark.parametrize("change", WRITES, ids=lambda f: f.__name__.strip("_"))
-@budgets
-def test_a_write_between_calls_is_seen(settings: Any, change: Change, sim: Any, enable: Any) -> None:
+def test_a_write_between_calls_is_seen(change: Change, sim: Any, enable: Any) -> None:
     def steps(pipe: Any) -> list[Any]:
         made: list[Any] = [pixels("sd", pipe), pixels("sd", pipe)]
         change(pipe)
         return [*made, pixels("sd", pipe), pixels("sd", pipe), state(pipe.unet), state(pipe.vae)]
 
-    pipe, offload = like_stock("sd", steps, sim, enable, settings=settings)
-    assert differ(pixels("sd", pipe), pixels("sd", CASES["sd"].build().to(DEVICE)))
-    assert offload.stats.d2h_nbytes == 0
-    assert on_host(pipe)
+    for pipe, offload in like_stock_in(BUDGETS.values(), "sd", steps, sim, enable):
+        assert differ(pixels("sd", pipe), pixels("sd", CASES["sd"].build().to(DEVICE)))
+        assert offload.stats.d2h_nbytes == 0
+        assert on_host(pipe)
 
 
 def test_refresh_sees_what_no_sample_sees(sim: Any, enable: Any) -> None:
@@ -125,11 +124,16 @@ def _parameter_replaced_on_the_device(pipe: Any) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [_in_place_on_the_device, _data_on_the_device, _data_assigned_on_the_device, _parameter_replaced_on_the_device, _load_state_dict],
+    [
+        _in_place_on_the_device,
+        _data_on_the_device,
+        _data_assigned_on_the_device,
+        _parameter_replaced_on_the_device,
+        _load_state_dict,
+    ],
     ids=lambda f: f.__name__.strip("_"),
 )  # fmt: skip
-@budgets
-def test_a_write_while_on_the_device_is_kept(settings: Any, change: Change, sim: Any, enable: Any) -> None:
+def test_a_write_while_on_the_device_is_kept(change: Change, sim: Any, enable: Any) -> None:
     def steps(pipe: Any) -> list[Any]:
         made: list[Any] = [pixels("sd", pipe)]
         enter(pipe, "unet")
@@ -137,8 +141,8 @@ def test_a_write_while_on_the_device_is_kept(settings: Any, change: Change, sim:
         made += [pixels("sd", pipe), state(pipe.unet), pixels("sd", pipe)]
         return made
 
-    pipe, _ = like_stock("sd", steps, sim, enable, settings=settings)
-    assert on_host(pipe)
+    for pipe, _ in like_stock_in(BUDGETS.values(), "sd", steps, sim, enable):
+        assert on_host(pipe)
 
 
 @pytest.mark.parametrize("marked", [True, False])
@@ -161,8 +165,7 @@ def test_a_write_inside_a_call_is_kept(marked: bool, sim: Any, enable: Any) -> N
 
 
 # -------------------------------------------------------------------------- dtypes
-@budgets
-def test_casting_components_and_the_pipeline(settings: Any, sim: Any, enable: Any) -> None:
+def test_casting_components_and_the_pipeline(sim: Any, enable: Any) -> None:
     def steps(pipe: Any) -> list[Any]:
         made: list[Any] = [pixels("sd", pipe)]
         pipe.vae.to(torch.bfloat16)
@@ -180,9 +183,9 @@ def test_casting_components_and_the_pipeline(settings: Any, sim: Any, enable: An
         pipe.to(dtype=torch.float32)
         return [*made, pixels("sd", pipe), state(pipe.unet), state(pipe.text_encoder)]
 
-    pipe, _ = like_stock("sd", steps, sim, enable, settings=settings)
-    assert on_host(pipe)
-    assert all(t.dtype == torch.float32 for t in pipe.unet.parameters())
+    for pipe, _ in like_stock_in(BUDGETS.values(), "sd", steps, sim, enable):
+        assert on_host(pipe)
+        assert all(t.dtype == torch.float32 for t in pipe.unet.parameters())
 
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -224,8 +227,7 @@ def _sweep(name: str, *switches: tuple[Change, Change]) -> Steps:
             made += [pixels(name, pipe)]
             enter(pipe, "vae")
             off(pipe)
-            made += [pixels(name, pipe)]
-        return made
+        return [*made, pixels(name, pipe)]
 
     return steps
 
@@ -244,12 +246,15 @@ SWITCHES: dict[str, tuple[Change, Change]] = {
 }
 
 
-@pytest.mark.parametrize(("name", "budget"), [("sdxl", "roomy"), ("sd", "tight")])
-def test_switches_of_models(name: str, budget: str, sim: Any, enable: Any) -> None:
+def test_switches_of_models(sim: Any, enable: Any) -> None:
     switches = dict(SWITCHES)
-    if name == "sd":
-        switches.pop("fused qkv")  # an SDXL feature
-    pipe, offload = like_stock(name, _sweep(name, *switches.values()), sim, enable, settings=BUDGETS[budget])
+    fused = switches.pop("fused qkv")
+    for pipe, offload in like_stock_in(BUDGETS.values(), "sd", _sweep("sd", *switches.values()), sim, enable):
+        assert offload.stats.d2h_nbytes == 0
+        assert on_host(pipe)
+    pipe, offload = like_stock(
+        "sdxl", _sweep("sdxl", fused, switches["freeu"]), sim, enable
+    )  # fused qkv: an SDXL feature
     assert offload.stats.d2h_nbytes == 0
     assert on_host(pipe)
 

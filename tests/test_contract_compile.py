@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICE, assert_same, images_of, resident
-from contracts import hooked, on_host, parts, pixels
+from conftest import DEVICE, assert_same, resident
+from contracts import assert_right, hooked, on_host, parts, pixels
 
 from prefetch_offload.testing.pipelines import CASES, lora_state_dict
 
@@ -61,7 +61,7 @@ MODES = [_module_compile, _wrapped, _decode, _blocks, _encoder]
 Mode = Callable[[Any, dict[str, Any]], None]
 
 
-@pytest.mark.parametrize("when", ["before", "after", "after a call"])
+@pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("mode", MODES, ids=lambda f: f.__name__.strip("_"))
 def test_whole_graphs_compiled_once_and_used_in_every_call(
     mode: Mode, when: str, backend: Backend, sim: Any, enable: Any
@@ -72,8 +72,8 @@ def test_whole_graphs_compiled_once_and_used_in_every_call(
     if when == "before":
         mode(pipe, options)
     offload = enable(pipe)
-    if when != "before":
-        if when == "after a call":
+    if when == "after":
+        if mode is not _decode:  # with weights that have been on the device, and without
             assert_same([pixels("flux", pipe, steps=2)], expected[:1])
         mode(pipe, options)
     seen = []
@@ -101,7 +101,7 @@ def test_compiled_under_stock_then_enabled(backend: Backend, sim: Any, enable: A
     pipe.to("cpu")
     enable(pipe)
     runs = backend.runs
-    assert_same(images_of("flux", pipe), resident("flux", torch.float32))
+    assert_right("flux", pipe)
     assert backend.runs > runs
 
 
@@ -157,9 +157,9 @@ def test_both_decode_and_the_unet_of_an_image_to_image_pipeline(backend: Backend
     pipe.vae.decode = torch.compile(pipe.vae.decode, backend=backend)
     pipe.vae.encode = torch.compile(pipe.vae.encode, backend=backend)
     pipe.transformer = torch.compile(pipe.transformer, backend=backend)
-    assert_same(images_of("flux-img2img", pipe), resident("flux-img2img", torch.float32))
+    assert_right("flux-img2img", pipe)
     graphs = backend.graphs
-    assert_same(images_of("flux-img2img", pipe), resident("flux-img2img", torch.float32))
+    assert_right("flux-img2img", pipe)
     assert backend.graphs == graphs
     del pipe.vae.decode
-    assert_same(images_of("flux-img2img", pipe)[:1], resident("flux-img2img", torch.float32)[:1])
+    assert_right("flux-img2img", pipe, 1)

@@ -12,6 +12,7 @@ import torch
 from conftest import DEVICE, assert_same, images_of, resident
 from contracts import (
     assert_equal,
+    assert_right,
     by_stock,
     differ,
     hooked,
@@ -68,18 +69,15 @@ class LikeMusicLDM(LikeAudioLDM2):
 @pytest.mark.parametrize("cls", [LikeAudioLDM2, LikeMusicLDM])
 def test_an_override_that_hooks_parts_and_the_whole(cls: type, sim: Any, enable: Any) -> None:
     pipe = again(cls, CASES["sdxl"].build())
-    if cls is LikeAudioLDM2:
-        offload = enable(pipe)
-    else:
-        offload = prefetch_offload.enable(pipe, verify=True)
-    assert_same(images_of("sdxl", pipe), resident("sdxl", torch.float32))
+    offload = enable(pipe) if cls is LikeAudioLDM2 else prefetch_offload.enable(pipe, verify=True)
+    assert_right("sdxl", pipe)
     assert {c.name for c in offload.stats.components} == {"text_encoder", "text_encoder_2", "unet", "vae"}
     assert on_host(pipe)
     offload.disable()
     assert not any(hasattr(m, "_hf_hook") for part in parts(pipe).values() for m in part.modules())
     pipe.to(DEVICE)
     del pipe.final_offload_hook
-    assert_same(images_of("sdxl", pipe)[:1], resident("sdxl", torch.float32)[:1])
+    assert_right("sdxl", pipe, 1)
 
 
 def test_combined_pipelines_enable_their_decoder_in_every_call(sim: Any, enable: Any) -> None:
@@ -96,7 +94,10 @@ def test_combined_pipelines_enable_their_decoder_in_every_call(sim: Any, enable:
         assert not hooked(one) and "_prefetch_offload" not in vars(one)
 
 
-@pytest.mark.parametrize("sequence", ["unet->text_encoder->unet->nonsense->vae->text_encoder", "vae", "", "scheduler->unet-vae"])
+ODD = ["unet->text_encoder->unet->nonsense->vae->text_encoder", "vae", "", "scheduler->unet-vae"]
+
+
+@pytest.mark.parametrize("sequence", ODD)
 def test_odd_sequences_are_read_as_stock_reads_them(sequence: str, sim: Any, enable: Any) -> None:
     stock, pipe = CASES["sd"].build(), CASES["sd"].build()
     stock.model_cpu_offload_seq = pipe.model_cpu_offload_seq = sequence
@@ -106,7 +107,7 @@ def test_odd_sequences_are_read_as_stock_reads_them(sequence: str, sim: Any, ena
     assert [h.hook.prev_module_hook is None for h in pipe._all_hooks] == [
         h.hook.prev_module_hook is None for h in stock._all_hooks
     ]
-    assert_same(images_of("sd", pipe), resident("sd", torch.float32))
+    assert_right("sd", pipe)
 
 
 # ------------------------------------------------------- what reads and patches forward
@@ -122,7 +123,7 @@ def test_signatures_are_those_of_the_authors(enable: Any) -> None:
     assert pipe._get_signature_keys(pipe) == plain._get_signature_keys(plain)
     assert pipe.config == plain.config and type(pipe.unet).__qualname__ == "UNet2DConditionModel"
     assert type(pipe.unet) in (type(plain.unet),) and {type(plain.unet): 1}[type(pipe.unet)] == 1
-    assert type(pipe.unet) != type(pipe.vae) and type(pipe.unet) not in (type(plain.vae), nn.Module)
+    assert type(pipe.unet) not in (type(pipe.vae), type(plain.vae), nn.Module)
 
 
 def test_a_forward_patched_before_and_after(sim: Any, enable: Any) -> None:
@@ -211,6 +212,7 @@ def test_forward_hooks_of_the_program(sim: Any, enable: Any) -> None:
 
 # -------------------------------------------------------------------- other machinery
 @pytest.mark.filterwarnings("ignore:You are calling .generate:UserWarning")  # as with stock: the model waits on the CPU
+@pytest.mark.filterwarnings("ignore:You are calling .generate")  # whose input is on the device already, as for stock
 def test_generate_of_a_language_model(sim: Any, enable: Any) -> None:
     """Reaches forward only; every token is a call of it. The key-value cache lives on the device."""
 
@@ -227,7 +229,7 @@ def test_generate_of_a_language_model(sim: Any, enable: Any) -> None:
     def steps(pipe: Any) -> list[Any]:
         model = pipe.image_encoder
         made: list[Any] = [model.generate(ids, max_new_tokens=6, do_sample=False), pixels("sdxl", pipe)]
-        made += [model.generate(ids, max_new_tokens=6, do_sample=True, top_k=5) if False else model(ids).logits]
+        made += [model(ids).logits]
         pipe.maybe_free_model_hooks()
         return [*made, pixels("sdxl", pipe)]
 

@@ -10,8 +10,8 @@ from typing import Any
 import accelerate.hooks
 import pytest
 import torch
-from conftest import DEVICE, assert_same, images_of, resident
-from contracts import hooked, on_host, parts, pixels, stock_device
+from conftest import DEVICE
+from contracts import assert_right, hooked, on_host, parts, pixels, stock_device
 from diffusers import FluxPipeline
 from diffusers.hooks import apply_group_offloading
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
@@ -113,7 +113,7 @@ def test_stocks_refusals_and_what_is_left(way: str, sim: Any) -> None:
     pipe.transformer._parallel_config = pipe.hf_device_map = None  # take the obstacle away
     vars(pipe).pop("model_cpu_offload_seq", None)
     with prefetch_offload.enable(pipe, device=DEVICE):
-        assert_same(images_of("flux", pipe), resident("flux", torch.float32))
+        assert_right("flux", pipe)
 
 
 def _installed(pipe: Any, **arguments: Any) -> None:
@@ -152,12 +152,14 @@ def test_stocks_reasons_come_before_ours(own: str, sim: Any) -> None:
 # ---------------------------------------------------------------------------- ours
 def test_meta_tensors_are_named(sim: Any) -> None:
     pipe, arguments = spoiled("meta")
-    with pytest.raises(UnsupportedError, match=r"transformer\.x_embedder\.weight is on the meta device.*Load the weights"):
+    with pytest.raises(
+        UnsupportedError, match=r"transformer\.x_embedder\.weight is on the meta device.*Load the weights"
+    ):
         prefetch_offload.enable(pipe, **arguments)
     assert_untouched(pipe)
     pipe.transformer.load_state_dict(CASES["flux"].build().transformer.state_dict(), assign=True)
     with prefetch_offload.enable(pipe, **arguments):
-        assert_same(images_of("flux", pipe), resident("flux", torch.float32))
+        assert_right("flux", pipe)
 
 
 def test_sharded_tensors_are_named(sim: Any) -> None:
@@ -169,7 +171,9 @@ def test_sharded_tensors_are_named(sim: Any) -> None:
 
 def test_a_budget_below_the_largest_component_names_it_and_what_it_takes(sim: Any) -> None:
     pipe, arguments = spoiled("small budget")
-    with pytest.raises(BudgetError, match=r"budget=1000 bytes .* cannot hold (\w+), whose weights take (\d+) bytes") as caught:
+    with pytest.raises(
+        BudgetError, match=r"budget=1000 bytes .* cannot hold (\w+), whose weights take (\d+) bytes"
+    ) as caught:
         prefetch_offload.enable(pipe, **arguments)
     assert_untouched(pipe)
     words = str(caught.value).split()
@@ -180,7 +184,7 @@ def test_a_budget_below_the_largest_component_names_it_and_what_it_takes(sim: An
     assert isinstance(refusal(prefetch_offload.enable, pipe, **arguments), BudgetError)
     arguments["budget"] = nbytes  # the least that is accepted runs, too
     with prefetch_offload.enable(pipe, **arguments):
-        assert_same(images_of("flux", pipe), resident("flux", torch.float32))
+        assert_right("flux", pipe)
 
 
 @pytest.mark.parametrize("device", ["cpu", torch.device("cpu"), "cpu:0"])
@@ -195,7 +199,10 @@ def test_the_cpu_is_no_accelerator(device: Any, sim: Any) -> None:
     ("arguments", "message"),
     [
         ({"device": "cuda:99"}, r"device='cuda:99', gpu_id=None: there is no accelerator cuda:99 here; PyTorch finds"),
-        ({"device": f"{DEVICE}:3"}, rf"no accelerator {DEVICE}:3 here; PyTorch finds 1 of type {DEVICE}.*leave `device` out"),
+        (
+            {"device": f"{DEVICE}:3"},
+            rf"no accelerator {DEVICE}:3 here; PyTorch finds 1 of type {DEVICE}.*leave `device` out",
+        ),
         ({"device": DEVICE, "gpu_id": 1}, rf"gpu_id=1: there is no accelerator {DEVICE}:1"),
     ],
     ids=["cuda", "index", "gpu_id"],
@@ -250,13 +257,13 @@ def test_a_refused_second_enable_leaves_the_first_or_nothing(sim: Any, enable: A
             assert set(hooked(pipe)) == hooks
         else:
             prefetch_offload.enable(pipe, device=DEVICE, verify=True)
-        assert_same(images_of("flux", pipe), resident("flux", torch.float32))
+        assert_right("flux", pipe)
     pipe.model_cpu_offload_seq = None
     with pytest.raises(ValueError, match="no `model_cpu_offload_seq`"):
         pipe.enable_model_cpu_offload()
     del pipe.model_cpu_offload_seq
     prefetch_offload.enable(pipe, device=DEVICE, verify=True)
-    assert_same(images_of("flux", pipe), resident("flux", torch.float32))
+    assert_right("flux", pipe)
     pipe._prefetch_offload.disable()
 
 
@@ -267,13 +274,17 @@ def test_sequential_offload_is_taken_over_as_stock_does(sim: Any, enable: Any) -
         assert next(one.transformer.parameters()).device.type == "meta"
     stock.enable_model_cpu_offload(device=DEVICE)
     enable(pipe)
-    assert not any(isinstance(getattr(m, "_hf_hook", None), accelerate.hooks.AlignDevicesHook) for m in pipe.vae.modules())
+    assert not any(
+        isinstance(getattr(m, "_hf_hook", None), accelerate.hooks.AlignDevicesHook) for m in pipe.vae.modules()
+    )
     for one in (stock, pipe):
-        assert_same(images_of("flux", one), resident("flux", torch.float32))
+        assert_right("flux", one)
     assert on_host(pipe)
 
 
-def test_group_offload_and_tensor_parallel_are_refused_on_an_enabled_pipeline_as_under_stock(sim: Any, enable: Any) -> None:
+def test_group_offload_and_tensor_parallel_are_refused_on_an_enabled_pipeline_as_under_stock(
+    sim: Any, enable: Any
+) -> None:
     stock, pipe = CASES["flux"].build(), CASES["flux"].build()
     stock.enable_model_cpu_offload(device=DEVICE)
     enable(pipe)
@@ -294,11 +305,11 @@ def test_install_means_enable_and_uninstall_means_stock(sim: Any) -> None:
         try:
             pipe.enable_model_cpu_offload()
             assert pipe._prefetch_offload.settings.budget == "stock"
-            assert_same(images_of("flux", pipe), resident("flux", torch.float32))
+            assert_right("flux", pipe)
         finally:
             prefetch_offload.uninstall()
         prefetch_offload.uninstall()
-        assert_same(images_of("flux", pipe)[:1], resident("flux", torch.float32)[:1])
+        assert_right("flux", pipe, 1)
         pipe._prefetch_offload.disable()
         pipe.enable_model_cpu_offload()
     assert type(pipe.vae._hf_hook) is accelerate.hooks.CpuOffload
@@ -313,8 +324,8 @@ def test_a_refused_device_mapped_pipeline_keeps_its_dispatch(sim: Any) -> None:
     with pytest.raises(ValueError, match="activated a device mapping strategy"):
         prefetch_offload.enable(pipe, **arguments)
     assert all(isinstance(m._hf_hook, accelerate.hooks.AlignDevicesHook) for m in parts(pipe).values())
-    assert_same(images_of("flux", pipe), resident("flux", torch.float32))
+    assert_right("flux", pipe)
     pipe.reset_device_map()
     assert not any(hasattr(m, "_hf_hook") for m in parts(pipe).values())
     with prefetch_offload.enable(pipe, **arguments):
-        assert_same(images_of("flux", pipe), resident("flux", torch.float32))
+        assert_right("flux", pipe)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import textwrap
 import warnings
+import weakref
 from typing import Any
 
 import numpy as np
@@ -176,6 +178,26 @@ def test_weights_with_state_outside_of_the_tensor_are_moved_by_their_module(enab
     enable(pipe)
     assert_same(images_of("sdxl", pipe), expected)
     assert type(linear.weight).__name__ in ("Params4bit", "Parameter") and linear.weight.device.type == "cpu"
+
+
+def test_modules_are_collected_while_their_pipeline_is_disabled(enable: Any, monkeypatch: Any) -> None:
+    """A pipeline goes at once, its modules with the next collection: that may come anywhere in the engine."""
+    gc.disable()
+    try:
+        pipe = CASES["sdxl"].build()
+        linear = pipe.vae.quant_conv  # the vae: no other hook refers to it
+        linear.weight = Params4bit(linear.weight.detach(), requires_grad=False)
+        offload = enable(pipe)
+        vae = weakref.ref(pipe.vae)
+        del pipe, linear
+        assert vae() is not None
+        evict = offload._engine.evict
+        monkeypatch.setattr(offload._engine, "evict", lambda gone: (evict(gone), gc.collect()))
+        offload.disable()
+    finally:
+        gc.enable()
+    gc.collect()
+    assert vae() is None and not offload._engine.live()
 
 
 def test_meta_tensors_are_refused_before_anything_changes(enable: Any) -> None:
