@@ -20,26 +20,56 @@ class CallOrder:
     def __init__(self, hint: Sequence[str] = ()) -> None:
         self.expect(hint)
         self._current: list[str] = []
+        self._current_passes: list[int] = []
         self._position = -1
+        self._steps: int | None = None
 
     def expect(self, hint: Sequence[str]) -> None:
         """Until a call has been seen, expect this order; a component named twice counts once."""
         self.expected: tuple[str, ...] = tuple(dict.fromkeys(hint))
+        self.passes: tuple[int, ...] = ()  # of each expected run, at `expected_steps` steps; empty: not seen yet
+        self.expected_steps: int | None = None
 
-    def start(self) -> None:
-        """A call begins; an unfinished one before it (an exception) teaches nothing."""
+    def start(self, steps: int | None = None) -> None:
+        """A call begins, of so many denoising steps if that is known; an unfinished one before it teaches nothing."""
         self._current = []
+        self._current_passes = []
         self._position = -1
+        self._steps = steps
 
     def enter(self, component: str) -> None:
         """`component` is entered, and it is not the one that was entered last."""
         if len(self._current) < MAX_SWITCHES:
             self._current.append(component)
+            self._current_passes.append(0)
         n = len(self.expected)
         for step in range(1, n + 1):
             if self.expected[(self._position + step) % n] == component:
                 self._position = (self._position + step) % n
                 return
+
+    def passed(self) -> None:
+        """The component entered last begins a pass through its units."""
+        if self._current_passes:
+            self._current_passes[-1] += 1
+
+    def passes_left(self) -> int | None:
+        """How many passes of the current component follow the one that has begun, by the last call; None: no telling.
+
+        A component that took many passes in a call of so many steps takes as many more as there are more steps now.
+        """
+        if not self._current_passes or not self.passes or not 0 <= self._position < len(self.passes):
+            return None
+        if self.expected[self._position] != self._current[-1]:
+            return None
+        return max(0, self.scaled(self._position) - self._current_passes[-1])
+
+    def scaled(self, run: int) -> int:
+        """Passes expected of run number `run` in this call."""
+        passes = self.passes[run]
+        if passes > 1 and self._steps and self.expected_steps and self._steps != self.expected_steps:
+            return max(1, round(passes * self._steps / self.expected_steps))
+        return passes
 
     def visits(self, component: str) -> int:
         """How often `component` has been entered in this call."""
@@ -49,6 +79,8 @@ class CallOrder:
         """The call ended as it should: from now on this is the order to expect."""
         if self._current:
             self.expected = tuple(self._current)
+            self.passes = tuple(max(1, p) for p in self._current_passes)
+            self.expected_steps = self._steps
         self.start()
 
     def upcoming(self) -> tuple[str, ...]:
@@ -59,8 +91,11 @@ class CallOrder:
     def forget(self, component: str) -> None:
         """`component` is no longer part of the pipeline. A call in progress goes on, and is still learned from."""
         self._position -= self.expected[: self._position + 1].count(component)
+        if self.passes:
+            self.passes = tuple(p for c, p in zip(self.expected, self.passes, strict=True) if c != component)
         self.expected = tuple(c for c in self.expected if c != component)
-        self._current = [c for c in self._current if c != component]
+        left = [(c, p) for c, p in zip(self._current, self._current_passes, strict=True) if c != component]
+        self._current, self._current_passes = [c for c, _ in left], [p for _, p in left]
 
 
 @dataclass

@@ -34,24 +34,28 @@ class EntryPlan:
     """Drop these, in order; then (the entered component's own units are loaded); then load those, in order.
 
     Attributes:
-        drops: units to drop, none of them the entered component's or a protected one's.
+        drops: units to drop. Of the entered component's only those that pass through a window and do not come first.
         prefetches: units to copy in ahead of use.
         peak_nbytes: device bytes of all units once the plan is carried out.
+        loads: the entered component's units to copy in now, each awaited when it is read; None: all, awaited now.
     """
 
     drops: tuple[str, ...] = ()
     prefetches: tuple[str, ...] = ()
     peak_nbytes: int = 0
+    loads: tuple[str, ...] | None = None
 
 
-def distances(view: View, upcoming: Sequence[str]) -> dict[str, int]:
+def distances(
+    nbytes: Mapping[str, int], components: Mapping[str, tuple[str, ...]], upcoming: Sequence[str]
+) -> dict[str, int]:
     """For each unit, how many component switches away its next use is; units that no upcoming component reads are last."""
     far = len(upcoming)
     found: dict[str, int] = {}
     for i, component in enumerate(upcoming):
-        for unit in view.components.get(component, ()):
+        for unit in components.get(component, ()):
             found.setdefault(unit, i)
-    return {unit: found.get(unit, far) for unit in view.nbytes}
+    return {unit: found.get(unit, far) for unit in nbytes}
 
 
 def plan_entry(
@@ -61,6 +65,8 @@ def plan_entry(
     upcoming: Sequence[str],
     protected: frozenset[str] = frozenset(),
     prefetch: bool = True,
+    heads: Mapping[str, tuple[str, ...]] | None = None,
+    lazily: bool = False,
 ) -> EntryPlan:
     """The plan for entering `component`, or for idle time when it is None.
 
@@ -71,13 +77,19 @@ def plan_entry(
         upcoming: the components expected next, nearest first, cyclic.
         protected: units that may not be dropped (a component that is running in this or another thread).
         prefetch: False plans drops only.
+        heads: for components that do not get room for all of their units, those to hold when they begin, in the order
+            they come; the rest streams. Of others all units are held.
+        lazily: the component awaits each unit when it is read.
 
     Returns:
         A plan whose `peak_nbytes` is at most `cap_nbytes`, unless the component and the protected units alone are more.
         Units are prefetched in order of use, as far as they fit; a held unit makes room only for one used before it.
     """
-    own = frozenset(view.components[component]) if component is not None else frozenset()
-    distance = distances(view, upcoming)
+    heads = heads or {}
+    components = {**view.components, **heads} if heads else view.components
+    wanted = components[component] if component is not None else ()
+    own = frozenset(wanted)
+    distance = distances(view.nbytes, components, upcoming)
     order = {u: i for units in view.components.values() for i, u in enumerate(units)}
     # Farthest first; of one component the last units first, so that what stays is the part it reads first. Between
     # components that are equally far the name decides: sets have an order of their own in every process.
@@ -85,8 +97,13 @@ def plan_entry(
         (u for u in view.held if u not in own and u not in protected),
         key=lambda u: (distance[u], order.get(u, 0), u),
     )
+    # What streams begins with its head: its window is accounted for unit by unit from there on.
     drops: list[str] = []
-    held = view.held_nbytes + sum(view.nbytes[u] for u in own - view.held)
+    if component is not None and component in heads:
+        drops = [u for u in view.components[component] if u in view.held and u not in own]
+    victims = [u for u in victims if u not in drops]
+    held = view.held_nbytes + sum(view.nbytes[u] for u in own - view.held) - sum(view.nbytes[u] for u in drops)
+    loads = tuple(u for u in wanted if u not in view.held) if lazily and component is not None else None
 
     while held > cap_nbytes and victims:
         unit = victims.pop()
@@ -97,7 +114,7 @@ def plan_entry(
     if prefetch and held <= cap_nbytes:
         taken = set(view.held) | own
         for i, name in enumerate(upcoming):
-            for unit in view.components.get(name, ()):
+            for unit in components.get(name, ()):
                 if unit in taken or unit not in view.prefetchable:
                     continue
                 room = cap_nbytes - held
@@ -106,7 +123,7 @@ def plan_entry(
                     tail -= 1
                     room += view.nbytes[victims[tail]]
                 if room < view.nbytes[unit]:
-                    return EntryPlan(tuple(drops), tuple(prefetches), held)
+                    return EntryPlan(tuple(drops), tuple(prefetches), held, loads)
                 for victim in reversed(victims[tail:]):
                     drops.append(victim)
                     held -= view.nbytes[victim]
@@ -114,4 +131,4 @@ def plan_entry(
                 taken.add(unit)
                 prefetches.append(unit)
                 held += view.nbytes[unit]
-    return EntryPlan(tuple(drops), tuple(prefetches), held)
+    return EntryPlan(tuple(drops), tuple(prefetches), held, loads)

@@ -64,6 +64,13 @@ class Entered:
 
 
 @dataclass(frozen=True)
+class Needed:
+    """These units are about to be read."""
+
+    units: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Prefetched:
     """There is room and time to spare: carry out `plan`, which loads nothing that is needed now."""
 
@@ -85,7 +92,7 @@ class Dropped:
     units: tuple[str, ...]
 
 
-Event = Entered | Prefetched | LoadFailed | Dropped
+Event = Entered | Needed | Prefetched | LoadFailed | Dropped
 
 # (state, what happens) -> state. What is not here is not allowed.
 TRANSITIONS: dict[tuple[State, str], State] = {
@@ -189,6 +196,8 @@ class Residency:
         """
         if isinstance(event, Entered):
             steps = self._entered(event.component, event.plan)
+        elif isinstance(event, Needed):
+            steps = self._needed(event.units)
         elif isinstance(event, Prefetched):
             steps = self._drops(event.plan.drops) + [(u, "load") for u in event.plan.prefetches]
         elif isinstance(event, LoadFailed):
@@ -200,10 +209,16 @@ class Residency:
     def _drops(self, units: Iterable[str]) -> list[tuple[str, str]]:
         return [(u, "drop") for u in units]
 
+    def _needed(self, units: Iterable[str]) -> list[tuple[str, str]]:
+        steps = [(u, "load") for u in units if self._units[u].state is State.HOST]
+        return steps + [(u, "await") for u in units if self._units[u].state is not State.READY]
+
     def _entered(self, component: str, plan: EntryPlan) -> list[tuple[str, str]]:
         dropped = set(plan.drops)
         own = self._components[component]
         steps = self._drops(plan.drops)
+        if plan.loads is not None:
+            return steps + [(u, "load") for u in (*plan.loads, *plan.prefetches)]
         steps += [(u, "load") for u in own if u in dropped or self._units[u].state is State.HOST]
         steps += [(u, "await") for u in own if u in dropped or self._units[u].state is not State.READY]
         return steps + [(u, "load") for u in plan.prefetches]

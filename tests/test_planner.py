@@ -115,7 +115,7 @@ def test_needed_drops_come_first_and_stop_as_soon_as_the_rest_fits(case: Case) -
 @given(cases())
 def test_what_is_used_last_goes_first(case: Case) -> None:
     """Also within one component: its last units go before its first ones."""
-    distance = distances(case.view, case.upcoming)
+    distance = distances(case.view.nbytes, case.view.components, case.upcoming)
     drops = case.plan().drops
     kept = case.view.held - case.own - case.protected - set(drops)
     assert all(distance[a] >= distance[b] for a, b in itertools.pairwise(drops))
@@ -142,7 +142,7 @@ def test_prefetches_are_of_units_that_can_and_need_to_be_copied_in_order_of_use(
 @given(cases(prefetch=True))
 def test_a_drop_for_a_prefetch_is_of_a_unit_used_strictly_later(case: Case) -> None:
     plan = case.plan()
-    distance = distances(case.view, case.upcoming)
+    distance = distances(case.view.nbytes, case.view.components, case.upcoming)
     room = case.cap_nbytes - case.bytes_of((case.view.held | case.own) - set(needed_drops(case)))
     extra = list(plan.drops[len(needed_drops(case)) :])
     for unit in plan.prefetches:
@@ -170,7 +170,7 @@ def test_prefetching_stops_only_where_the_next_unit_could_not_have_room(case: Ca
     plan = case.plan()
     if case.bytes_of(case.must_be_held) > case.cap_nbytes:
         return
-    distance = distances(case.view, case.upcoming)
+    distance = distances(case.view.nbytes, case.view.components, case.upcoming)
     taken = case.view.held | case.own | set(plan.prefetches)
     reads = [u for name in case.upcoming for u in case.view.components.get(name, ())]
     left = next((u for u in reads if u in case.view.prefetchable and u not in taken), None)
@@ -233,7 +233,7 @@ print(plan_entry(view, "pipe0", 5, ["pipe0"]).drops)
 @settings(deadline=None, max_examples=100)
 @given(cases())
 def test_distances_count_switches_to_the_next_use(case: Case) -> None:
-    found = distances(case.view, case.upcoming)
+    found = distances(case.view.nbytes, case.view.components, case.upcoming)
     assert found.keys() == case.view.nbytes.keys()
     for unit, distance in found.items():
         reads = [unit in case.view.components.get(name, ()) for name in case.upcoming]

@@ -1,0 +1,286 @@
+"""The same core on a virtual clock: what a call will take, where it will wait, and how far that is from physics. Pure.
+
+    prediction = simulate(workload, shares, budget_nbytes, Link(25.0))
+
+One compute stream and one link, each in order, as on a device. The host runs ahead of both, so that a copy is held up
+only by the link and by the kernels that were enqueued before its memory was freed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from .planner import EntryPlan, plan_entry
+from .residency import Await, Drop, Dropped, Entered, Instruction, Load, Needed, Prefetched, Residency, State
+from .trace import Level, Span, Timeline
+from .window import Share, Window
+
+# Passes of a run that are simulated one by one; those in between repeat the last of them. 2 fill the window and show
+# its steady state, 1 is the last, in which the next component comes in.
+SIMULATED_PASSES = 3
+
+
+@dataclass(frozen=True)
+class ComponentLoad:
+    """One component as a planner sees it.
+
+    Attributes:
+        units: in order of use within a pass, each once.
+        nbytes: device bytes of each unit.
+        compute_ms: time of each unit in one pass, without waiting.
+        activation_nbytes: device memory in use besides weights while it runs.
+        must: units read throughout its run; they cannot be streamed.
+        streamable: False: all units have to be there at once (a compiled graph, a module with its own `.to()`).
+    """
+
+    units: tuple[str, ...]
+    nbytes: Mapping[str, int]
+    compute_ms: Mapping[str, float]
+    activation_nbytes: int = 0
+    must: frozenset[str] = frozenset()
+    streamable: bool = True
+
+    @property
+    def total_nbytes(self) -> int:
+        return sum(self.nbytes[u] for u in self.units)
+
+    @property
+    def pass_ms(self) -> float:
+        return sum(self.compute_ms.get(u, 0.0) for u in self.units)
+
+    @property
+    def least_nbytes(self) -> int:
+        """The fewest bytes of weights that it can run with: what stays, and one unit at a time of what does not."""
+        if not self.streamable:
+            return self.total_nbytes
+        must = sum(self.nbytes[u] for u in self.must)
+        return must + max((self.nbytes[u] for u in self.units if u not in self.must), default=0)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A pipeline call.
+
+    Attributes:
+        components: by name.
+        runs: (component, passes) in order; the call after it will be the same.
+    """
+
+    components: Mapping[str, ComponentLoad]
+    runs: tuple[tuple[str, int], ...]
+
+    @property
+    def compute_ms(self) -> float:
+        """A call of the resident pipeline: nothing but compute."""
+        return sum(self.components[c].pass_ms * passes for c, passes in self.runs)
+
+    @property
+    def smallest_budget_nbytes(self) -> int:
+        """The smallest budget that the call can run in."""
+        return max((c.least_nbytes + c.activation_nbytes for c in self.components.values()), default=0)
+
+
+@dataclass(frozen=True)
+class Link:
+    """Host to device. `gbps` in 10^9 bytes a second; `latency_ms` for each copy."""
+
+    gbps: float
+    latency_ms: float = 0.01
+
+    def copy_ms(self, nbytes: int) -> float:
+        return nbytes / self.gbps / 1e6 + self.latency_ms
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the last simulated call does.
+
+    Attributes:
+        call_ms: from its start to the end of its last kernel; repeated passes are counted in.
+        exposed_ms: by component, the time that compute waits for its copies.
+        copy_ms: by component, the time its copies take.
+        h2d_nbytes: bytes copied in the call.
+        peak_nbytes: the most device memory, weights and activations, at any time.
+        timeline: of all simulated calls, repeated passes left out.
+    """
+
+    call_ms: float
+    exposed_ms: Mapping[str, float]
+    copy_ms: Mapping[str, float]
+    h2d_nbytes: int
+    peak_nbytes: int
+    timeline: Timeline
+
+
+@dataclass(frozen=True)
+class _Totals:
+    ms: float
+    exposed: dict[str, float]
+    copied: dict[str, float]
+    h2d_nbytes: int
+
+
+@dataclass
+class _Clock:
+    """The two streams' times, and what has been recorded."""
+
+    compute: float = 0.0
+    copy: float = 0.0
+    ready: dict[str, float] = field(default_factory=dict)
+    spans: list[Span] = field(default_factory=list)
+    levels: list[Level] = field(default_factory=list)
+    peak_nbytes: int = 0
+    skipped_ms: float = 0.0
+    exposed: dict[str, float] = field(default_factory=dict)
+    copied: dict[str, float] = field(default_factory=dict)
+    h2d_nbytes: int = 0
+
+    def totals(self) -> _Totals:
+        return _Totals(self.compute + self.skipped_ms, dict(self.exposed), dict(self.copied), self.h2d_nbytes)
+
+    def repeat(self, before: _Totals, times: int) -> None:
+        """What happened since `before` happens so many times more."""
+        now = self.totals()
+        self.skipped_ms += times * (now.ms - before.ms)
+        for mine, then in ((self.exposed, before.exposed), (self.copied, before.copied)):
+            for name in mine:
+                mine[name] += times * (mine[name] - then.get(name, 0.0))
+        self.h2d_nbytes += times * (now.h2d_nbytes - before.h2d_nbytes)
+
+
+class _Device:
+    """Carries out what the core says, as the engine does."""
+
+    def __init__(self, workload: Workload, shares: Mapping[str, Share], budget_nbytes: int, link: Link) -> None:
+        self.workload, self.shares, self.budget, self.link = workload, shares, budget_nbytes, link
+        self.clock = _Clock()
+        self.residency = Residency()
+        self.owner: dict[str, str] = {}
+        self.nbytes: dict[str, int] = {}
+        for name, component in workload.components.items():
+            for unit in component.units:
+                self.residency.add_unit(unit, component.nbytes[unit])
+                self.owner[unit] = name
+                self.nbytes[unit] = component.nbytes[unit]
+            self.residency.set_component(name, component.units)
+        self.heads = {name: self._head(name, share) for name, share in shares.items() if self._streams(name)}
+
+    def _streams(self, name: str) -> bool:
+        share = self.shares.get(name)
+        return share is not None and not share.keep.issuperset(self.workload.components[name].units)
+
+    def _head(self, name: str, share: Share) -> tuple[str, ...]:
+        component = self.workload.components[name]
+        first = set(Window(component.units, component.nbytes, share).head()) | share.keep
+        return tuple(u for u in component.units if u in first)
+
+    def carry_out(self, instructions: Sequence[Instruction], activations: int) -> None:
+        clock = self.clock
+        for instruction in instructions:
+            unit = instruction.unit
+            name = self.owner[unit]
+            if isinstance(instruction, Load):
+                start = max(clock.copy, clock.compute)
+                took = self.link.copy_ms(self.nbytes[unit])
+                clock.copy = clock.ready[unit] = start + took
+                clock.copied[name] = clock.copied.get(name, 0.0) + took
+                clock.h2d_nbytes += self.nbytes[unit]
+                clock.spans.append(Span("copy", name, start, took, {"unit": unit, "nbytes": self.nbytes[unit]}))
+            elif isinstance(instruction, Await):
+                wait = clock.ready[unit] - clock.compute
+                if wait > 0:
+                    clock.exposed[name] = clock.exposed.get(name, 0.0) + wait
+                    clock.spans.append(Span("stalls", name, clock.compute, wait, {"unit": unit}))
+                    clock.compute += wait
+            elif isinstance(instruction, Drop) and not instruction.arrived:
+                clock.compute = max(clock.compute, clock.ready[unit])  # freed behind its copy
+        # Drops come before the loads that take their place, so what is held in the end is the most.
+        clock.peak_nbytes = max(clock.peak_nbytes, self.residency.held_nbytes + activations)
+        clock.levels.append(Level(clock.compute, self.residency.held_nbytes))
+
+    def run_call(self) -> None:
+        runs = self.workload.runs
+        names = [name for name, _ in runs]
+        for i, (name, passes) in enumerate(runs):
+            self.run(name, passes, tuple(names[i + 1 :] + names[: i + 1]))
+
+    def run(self, name: str, passes: int, upcoming: tuple[str, ...]) -> None:
+        component = self.workload.components[name]
+        cap = self.budget - component.activation_nbytes
+        streams = name in self.heads
+        plan = plan_entry(
+            self.residency.view(), name, cap, upcoming, heads=self.heads, lazily=component.streamable, prefetch=not streams
+        )
+        act = component.activation_nbytes
+        self.carry_out(self.residency.handle(Entered(name, plan)), act)
+        window: Window | None = None
+        if streams:
+            window = Window(component.units, component.nbytes, self.shares[name])
+            for unit in window.order:
+                if unit in self.residency.held():
+                    window.arrived(unit)
+        simulated = min(passes, SIMULATED_PASSES)
+        for number in range(simulated):
+            last = number == simulated - 1
+            before = self.clock.totals()
+            self.one_pass(component, window, last, cap, upcoming)
+            if number == simulated - 2 and passes > simulated:
+                self.clock.repeat(before, passes - simulated)
+
+    def one_pass(
+        self, component: ComponentLoad, window: Window | None, last: bool, cap: int, upcoming: tuple[str, ...]
+    ) -> None:
+        act, clock, residency = component.activation_nbytes, self.clock, self.residency
+        name = self.owner[component.units[0]] if component.units else ""
+        for i, unit in enumerate(component.units):
+            streamed = window is not None and window.streams(unit)
+            if window is not None and streamed:
+                drops, _ = window.need(unit)
+                self.carry_out(residency.handle(Dropped(tuple(drops))), act)
+            if residency.state(unit) is not State.READY:
+                self.carry_out(residency.handle(Needed((unit,))), act)
+            start = clock.compute
+            clock.compute += component.compute_ms.get(unit, 0.0)
+            clock.spans.append(Span("compute", name, start, clock.compute - start, {"unit": unit}))
+            if window is None:
+                continue
+            if streamed:
+                drops, loads = window.done(unit, last)
+                self.carry_out(residency.handle(Prefetched(EntryPlan(tuple(drops), tuple(loads)))), act)
+            if last and window.finished() and turn(i, len(component.units)):
+                rest = frozenset(component.units[i + 1 :])
+                plan = plan_entry(residency.view(), None, cap, upcoming, protected=rest, heads=self.heads)
+                self.carry_out(residency.handle(Prefetched(plan)), act)
+
+
+def turn(index: int, n_units: int) -> bool:
+    """Whether to look for what to prefetch behind unit `index` of a last pass: some sixteen times in it, and at its end."""
+    every = max(1, n_units // 16)
+    return index % every == every - 1 or index == n_units - 1
+
+
+def simulate(
+    workload: Workload, shares: Mapping[str, Share], budget_nbytes: int, link: Link, calls: int = 2
+) -> Prediction:
+    """`calls` calls in a row, the first from an empty device; the figures are the last one's.
+
+    Args:
+        shares: for components that do not keep all of their units on the device while they run; others do.
+        budget_nbytes: device bytes for weights and activations.
+    """
+    device = _Device(workload, shares, budget_nbytes, link)
+    clock = device.clock
+    before = clock.totals()
+    for _ in range(calls):
+        before = clock.totals()
+        device.run_call()
+    after = clock.totals()
+    return Prediction(
+        call_ms=after.ms - before.ms,
+        exposed_ms={n: after.exposed[n] - before.exposed.get(n, 0.0) for n in after.exposed},
+        copy_ms={n: after.copied[n] - before.copied.get(n, 0.0) for n in after.copied},
+        h2d_nbytes=after.h2d_nbytes - before.h2d_nbytes,
+        peak_nbytes=clock.peak_nbytes,
+        timeline=Timeline(tuple(sorted(clock.spans, key=lambda s: s.start_ms)), tuple(clock.levels), True, "predicted"),
+    )
