@@ -180,6 +180,7 @@ def test_demo(ext: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert result.exit_code == 0, result.output
     assert "No accelerator was found" in result.output
     assert "images are equal to the resident pipeline's, bit for bit" in result.output
+    assert all(f"│ {part} " in result.output for part in ("unet", "vae", "text_encoder")), "what was copied"
     assert not_blank(tmp_path / "out" / "image.png")
     assert not_blank(tmp_path / "out" / "timeline.png")
     assert {"copy", "compute", "calls"} <= spans_of(tmp_path / "out" / "trace.json")

@@ -11,7 +11,20 @@ from pathlib import Path
 import pytest
 
 # Adding a module here is a promise that it never needs torch, not even later inside a function.
-PURE_MODULES = ("calls", "config", "errors", "hazards", "memory", "planner", "residency", "simulator", "strategy", "trace", "units", "window")
+PURE_MODULES = (
+    "calls",
+    "config",
+    "errors",
+    "hazards",
+    "memory",
+    "planner",
+    "residency",
+    "simulator",
+    "strategy",
+    "trace",
+    "units",
+    "window",
+)
 FORBIDDEN = ("torch", "diffusers", "transformers", "accelerate", "numpy")
 
 ROOT = Path(__file__).parents[1]

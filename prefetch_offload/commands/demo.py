@@ -63,6 +63,7 @@ class Demo:
     def __init__(self, folder: Path, device: torch.device, size: Size, console: Console) -> None:
         self.folder, self.device, self.size, self.console = folder, device, size, console
         self.outcomes: list[running.Outcome] = []
+        self.pipe: DiffusionPipeline | None = None
 
     def make(self) -> int:
         """Save the pipeline in diffusers' folder format, and see that what is loaded is what was saved. Returns its bytes."""
@@ -82,8 +83,11 @@ class Demo:
         return pipe
 
     def run(self, label: str, calls: int, place: Callable[[DiffusionPipeline], Placed]) -> Placed:
-        """Load the pipeline, let `place` put it where it belongs, and call it. Returns what `place` gave."""
-        pipe = self.load()
+        """Load the pipeline, let `place` put it where it belongs, and call it. Returns what `place` gave.
+
+        The pipeline lives until `forget`: a handle knows nothing of one that is gone.
+        """
+        pipe = self.pipe = self.load()
         devices.reset_peak(self.device)
         placed = place(pipe)
         inputs = running.inputs_for(pipe, prompt=PROMPT, **self.size.inputs)
@@ -92,6 +96,11 @@ class Demo:
             outcome = running.measure(label, pipe, self.device, inputs, tuple(range(calls)), peak)
         self.outcomes.append(outcome)
         return placed
+
+    def forget(self) -> None:
+        """Give up the pipeline that ran last, and its device memory."""
+        self.pipe = None
+        running.forget()
 
     @property
     def resident(self) -> running.Outcome:
@@ -124,11 +133,11 @@ def demo(out: Path, device_name: str | None, console: Console) -> bool:
             ext.configure(-1, 0, 0, 0)
             ext.op_delay_us(OP_DELAY_US)
         this.run("resident", CALLS, lambda pipe: pipe.to(device))
-        running.forget()
+        this.forget()
         if ext is not None:
             _slow_link(ext, nbytes, this.resident, console)
         this.run("stock offload", CALLS - 1, lambda pipe: pipe.enable_model_cpu_offload(device=device))
-        running.forget()
+        this.forget()
         with this.run(
             "prefetch_offload, stock's memory",
             CALLS,
@@ -136,12 +145,12 @@ def demo(out: Path, device_name: str | None, console: Console) -> bool:
         ) as offload:
             timeline, stats = offload.timeline(), offload.stats
             offload.trace(out / "trace.json")
-        running.forget()
+        this.forget()
         with this.run(
             "prefetch_offload, free memory", CALLS, lambda pipe: enable(pipe, device=device, **size.settings)
         ):
             pass
-        running.forget()
+        this.forget()
     finally:
         if ext is not None:
             ext.configure(-1, 0, 0, 0)
