@@ -17,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from wide import Wide, WidePipeline
+from wide import Blocks, Wide, WidePipeline
 
 import prefetch_offload
 from prefetch_offload.adapter.hooks import shape_of
@@ -72,3 +72,39 @@ def test_first_entry_in_a_call_with_2000_parameters(wide: Any, benchmark: Any) -
     )
     assert component.bound and len(component.masters) == 2000
     assert benchmark.stats.stats.median <= 5e-3
+
+
+@pytest.mark.benchmark(timer=time.thread_time)
+@pytest.mark.parametrize("budget", ["all", "half"])
+def test_a_streamed_unit(budget: str, wide: Any, benchmark: Any) -> None:
+    """Per use: await it, drop the one before, and start a copy. At most 60 microseconds; nothing for a resident one."""
+    n, nbytes = 200, 16 << 10
+    pipe = WidePipeline(Blocks(n, nbytes), Wide(2))
+    settings = {"unit_min": nbytes, "unit_max": nbytes, "fingerprints": False}
+    if budget == "half":
+        settings["budget"] = n * nbytes // 2
+    x = torch.zeros(1, device=DEVICE)
+    with prefetch_offload.enable(pipe, device=DEVICE, **settings) as offload, torch.no_grad():
+        for _ in range(3):
+            pipe.first(x)
+        before = offload.stats.h2d_nbytes
+        passes = 30
+        gc.disable()
+        benchmark.pedantic(pipe.first, args=(x,), rounds=passes, warmup_rounds=0)
+        gc.enable()
+        moved = (offload.stats.h2d_nbytes - before) // nbytes / passes
+        hooked = sum("_compiled_call_impl" in block.__dict__ for block in pipe.first.blocks)
+    with torch.no_grad():
+        bare = Blocks(n, nbytes).to(DEVICE)
+        start = time.thread_time()
+        for _ in range(passes):
+            bare(x)
+        empty = (time.thread_time() - start) / passes
+    each = (benchmark.stats.stats.median - empty) / (moved or n)
+    print(f"\n{budget}: {moved:.0f} units of {n} move in each pass; {1e6 * each:.1f} microseconds each")
+    if budget == "all":
+        assert not moved and not hooked
+        assert each <= 1e-6
+    else:
+        assert n / 3 <= moved <= n
+        assert each <= 60e-6

@@ -11,7 +11,20 @@ from torch import nn
 from .config import Settings
 from .errors import UnsupportedError
 from .host import Pins, Slab, trim
-from .masters import CarriedUnit, Master, SlabUnit, Unit, is_plain, span_nbytes
+from .masters import (
+    DEVICE_GRAIN,
+    CarriedUnit,
+    Master,
+    SlabUnit,
+    Unit,
+    component_nbytes,
+    is_plain,
+    modules_of,
+    span_nbytes,
+    tensor_nbytes,
+    tensors_of,
+)
+from .points import find_points, least_nbytes
 from .units import Extent, align, cut
 
 
@@ -122,3 +135,23 @@ def _move(shared: _Shared, slab: Slab, offset: int) -> None:
         starts = [m.tensor.data_ptr() - shared.lo for m in shared.members]
         for master, start in zip(shared.members, starts, strict=True):
             master.settle(slab, offset + start)
+
+
+def smallest_nbytes(module: nn.Module, settings: Settings) -> int:
+    """The fewest device bytes that a component's weights can run in. Nothing is moved: a sketch of its units will do."""
+    if needs_native_move(module):
+        return component_nbytes(module)
+    module = module.__dict__.get("_orig_mod") or module._modules.get("_orig_mod") or module
+    masters: dict[int, Master] = {}
+    for entries, key, tensor in tensors_of(modules_of(module)):
+        masters.setdefault(id(tensor), Master(tensor, "", [])).slots.append((entries, key))
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        masters[id(tensor)].name = name
+    ordered = list(masters.values())
+    extents = [Extent(m.name, tensor_nbytes(m.tensor)) for m in ordered]
+    units = [
+        Unit(f"{number}", align(layout.nbytes, DEVICE_GRAIN), layout.nbytes, [ordered[p.extent] for p in layout.placements])
+        for number, layout in enumerate(cut(extents, settings.unit_min, settings.unit_max))
+    ]
+    points, must = find_points(module, units)
+    return least_nbytes({u.key: u.nbytes for u in units}, points, must)

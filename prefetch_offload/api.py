@@ -12,12 +12,11 @@ from torch import nn
 
 from .adapter import pipeline as adapter
 from .adapter.hooks import Session, unwrap
-from .adoption import check_tensors
+from .adoption import check_tensors, smallest_nbytes
 from .config import GIB, Settings
 from .errors import BudgetError, SettingError, UnsupportedError
 from .handle import Offload
 from .holdings import Client, rehooking
-from .masters import component_nbytes
 
 
 def enable(
@@ -128,21 +127,22 @@ def check_device(gpu_id: int | None, device: torch.device | str | None) -> None:
 
 
 def check_budget(pipe: DiffusionPipeline, settings: Settings) -> None:
-    """Refuse a budget in which the largest component does not fit.
+    """Refuse a budget in which some component's weights cannot run, not even a block at a time.
 
     Raises:
-        BudgetError: with the component and the smallest budget that can hold its weights.
+        BudgetError: with the component and the smallest budget that can hold what it needs at once.
     """
     budget = settings.budget
     if not isinstance(budget, int):
         return
     modules = {n: m for n, m in pipe.components.items() if isinstance(m, nn.Module)}
-    sizes = {n: component_nbytes(m) for n, m in modules.items() if n not in pipe._exclude_from_cpu_offload}
+    sizes = {n: smallest_nbytes(m, settings) for n, m in modules.items() if n not in pipe._exclude_from_cpu_offload}
     largest = max(sizes, key=sizes.__getitem__, default=None)
     if largest is not None and sizes[largest] > budget:
         raise BudgetError(
-            f"budget={budget} bytes ({budget / GIB:.2f} GiB) cannot hold {largest}, whose weights take {sizes[largest]} bytes "
-            f"({sizes[largest] / GIB:.2f} GiB): components run whole, so give at least that much and room for activations."
+            f"budget={budget} bytes ({budget / GIB:.2f} GiB) is too small for {largest}: streamed block by block, its weights "
+            f"take {sizes[largest]} bytes ({sizes[largest] / GIB:.2f} GiB) at once. Give at least that much, and room for "
+            "activations; a smaller `unit_max` makes blocks smaller."
         )
 
 

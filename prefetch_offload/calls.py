@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .config import Budget
+from .config import KIB, Budget
 
 # A call that alternates two networks for a thousand steps still fits; more is no longer an order, it is noise.
 MAX_SWITCHES = 4096
@@ -112,6 +112,7 @@ class Memory:
     activations: dict[object, int] = field(default_factory=dict)
     needs: dict[object, int] = field(default_factory=dict)
     alone: set[object] = field(default_factory=set)
+    tight: set[object] = field(default_factory=set)
     _seen: dict[object, tuple[int, int]] = field(default_factory=dict)
 
     def knows(self, shape: object) -> bool:
@@ -133,31 +134,48 @@ class Memory:
         self._seen.clear()
 
     def ran_out(self, shape: object) -> None:
-        """`shape` ran out of memory: from now on it runs alone."""
-        self.alone.add(shape)
+        """`shape` ran out of memory: from now on it runs alone, and when it did so already, with as little as it can."""
+        (self.tight if shape in self.alone else self.alone).add(shape)
+
+    def set_aside(self, shape: object) -> int:
+        """Device bytes to leave to `shape`, which was measured, for all that is not weights.
+
+        What a pipeline keeps from one call to the next (a scheduler's time steps, last outputs) was not there when it was
+        measured: a small margin is.
+        """
+        measured = self.activations[shape]
+        return measured + max(measured // 64, 16 * KIB)
 
     def stock_floor(self) -> int | None:
         """A lower bound on stock model offload's peak: the largest component with its own activations."""
         return max(self.needs.values(), default=None)
 
-    def cap(self, shape: object, weight_nbytes: int, available_nbytes: int) -> int:
+    def cap(self, shape: object, weight_nbytes: int, available_nbytes: int, least_nbytes: int | None = None) -> int:
         """Device bytes for weights while `shape`, whose own weights are `weight_nbytes`, runs.
 
         Args:
             available_nbytes: what weights could take if nothing else ran: held by weights now, plus free, less reserve.
                 Used when there is no explicit budget.
+            least_nbytes: what it can run with when its units are streamed; None: it cannot be streamed.
 
         Returns:
-            At least `weight_nbytes`: a component that runs must be there.
+            At least `least_nbytes`: a component that runs must have that.
         """
-        if shape in self.alone:
-            return weight_nbytes
+        least = weight_nbytes if least_nbytes is None else least_nbytes
+        if shape in self.tight:
+            return least
         if self.budget is None:
             # Unmeasured: a quarter of what there is, the ladder for running out of memory being the safety net.
             activations = self.activations.get(shape, available_nbytes // 4)
-            return max(weight_nbytes, available_nbytes - activations)
+            room = max(least, available_nbytes - activations)
+            return min(room, max(least, weight_nbytes)) if shape in self.alone else room
+        if self.budget == "stock":
+            floor = self.stock_floor()
+            if shape not in self.activations or floor is None or shape in self.alone:
+                return weight_nbytes
+            return max(weight_nbytes, floor - self.activations[shape])
         if shape not in self.activations:
-            return weight_nbytes
-        limit = self.stock_floor() if self.budget == "stock" else self.budget
-        assert isinstance(limit, int)
-        return max(weight_nbytes, limit - self.activations[shape])
+            # It runs alone. Half of the budget is left to whatever it needs besides, more if it has to be streamed anyway.
+            return weight_nbytes if weight_nbytes <= self.budget // 2 else max(least, self.budget // 4)
+        room = max(least, self.budget - self.set_aside(shape))
+        return min(room, max(least, weight_nbytes)) if shape in self.alone else room

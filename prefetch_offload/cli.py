@@ -1,4 +1,4 @@
-"""The command line: `prefetch-offload run | demo | doctor`. Options here, what they do in `commands`."""
+"""The command line: `prefetch-offload run | demo | doctor | plan`. Options here, what they do in `commands`."""
 
 from __future__ import annotations
 
@@ -124,6 +124,47 @@ def doctor(
     from .commands.doctor import doctor as _doctor
 
     _doctor(simulate, as_json, _console())
+
+
+@app.command()
+@reported
+def plan(
+    model: Annotated[
+        str,
+        typer.Option(help="sdxl, sd3, flux, qwen-image, wan-2.2 or ltx; a folder in diffusers' format; a model of the hub."),
+    ],
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(help="Device memory for weights and activations, like 8GiB or 8GiB,12GiB; may be repeated."),
+    ] = None,
+    link: Annotated[
+        list[str] | None,
+        typer.Option(help="GB/s from pinned memory to the device, like 25 or 12,25,55; may be repeated. Default: 25."),
+    ] = None,
+    step_ms: Annotated[
+        float | None, typer.Option(help="Time of one denoising step on your GPU. Default: a published one.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    encode_ms: Annotated[float | None, typer.Option(help="Time of all text encoders.")] = None,
+    decode_ms: Annotated[float | None, typer.Option(help="Time of the decoder.")] = None,
+    activations: Annotated[
+        float | None, typer.Option(help="GiB that the denoiser takes besides its weights.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16 or bfloat16: count weights as loaded in it. Default: as stored.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write curve.png and call.png into this folder.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Predict what a call takes within budgets and over links. No device is used."""
+    from .commands.plan import Request
+    from .commands.plan import plan as _plan
+
+    request = Request(
+        model, tuple(budget or ()), tuple(link or ()), steps, step_ms, encode_ms, decode_ms, activations, dtype, out
+    )
+    _plan(request, as_json, _console())
 
 
 if __name__ == "__main__":

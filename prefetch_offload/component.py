@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +15,11 @@ from .casting import keep_twins
 from .config import Settings
 from .host import Pins
 from .masters import CarriedUnit, Master, SlabUnit, Unit, modules_of, tensors_of, version_of
+from .points import Point, find_points, least_nbytes, traced
 
 if TYPE_CHECKING:
     from .holdings import Client
+    from .streaming import Stream
 
 _numbers = itertools.count()
 
@@ -32,6 +35,21 @@ class Component:
         bound: its modules show twins.
         by_hand: it was bound outside of any call, or in one with a callback: a program may have written to what it saw.
         running: calls into it that have not returned.
+        streaming: units come and go while it is bound.
+        stream: awaits its units one by one while it runs; None: all of them are there.
+        threads: those that run it.
+        turn: held by the thread that runs it while it streams.
+        points, must: see `find_points`.
+        traced: identities of the modules below whose calls go through compiled code.
+        whole: its last call went through compiled code that reads all of it, so that nothing can be awaited inside.
+        least_nbytes: the fewest bytes of weights that it can run with: what stays, and what one point reads.
+        order: keys of its units in order of use, by its last measured pass.
+        visits: by number of a point, the place of its last call in that pass.
+        first_visit: the number of the point that was called first in it.
+        unit_ms: by unit, its compute time in that pass.
+        pass_ms: a pass's compute time, by the last call's figures; 0: not measured.
+        pending: what that pass recorded, until the device has come so far.
+        watched: a streamed pass has been searched for reads outside of its points.
         absorbed_by: the larger component that it has become part of.
         d2h_nbytes: bytes written back because the device's copy had changed.
         stream_id: the stream it was last made ready for.
@@ -66,6 +84,22 @@ class Component:
         self.stop_casting: Callable[[], None] = lambda: None
         self._flat: list[nn.Module] = []
         self._peft: list[nn.Module] = []
+        self.streaming = False
+        self.stream: Stream | None = None
+        self.turn = threading.RLock()
+        self.threads: set[int] = set()
+        self.points: list[Point] = []
+        self.must: frozenset[str] = frozenset()
+        self.traced: frozenset[int] = frozenset()
+        self.whole = False
+        self.least_nbytes = 0
+        self.order: tuple[str, ...] = ()
+        self.visits: dict[int, int] = {}
+        self.first_visit = -1
+        self.unit_ms: dict[str, float] = {}
+        self.pass_ms = 0.0
+        self.pending: list[tuple[Point | None, torch.Event, torch.Event]] = []
+        self.watched = False
 
     @property
     def hooked(self) -> bool:
@@ -156,7 +190,63 @@ class Component:
         self._peft = [m for m in self._modules if "merged_adapters" in m.__dict__]
         self.stop_casting()
         self.stop_casting = keep_twins(self._modules, slots)
+        self._chart()
         return made, gone
+
+    def _chart(self) -> None:
+        """Find out where units are read. What was learned of the order holds while the units are the same."""
+        self.traced = traced(self._modules)
+        self.points, self.must = find_points(self.module, self.units)
+        self.least_nbytes = least_nbytes({u.key: u.nbytes for u in self.units}, self.points, self.must)
+        keys = tuple(u.key for u in self.units)
+        if set(keys) != set(self.order):
+            self.order, self.visits, self.first_visit = keys, {}, -1
+            self.unit_ms, self.pending, self.watched = {}, [], False
+
+    def retrace(self) -> None:
+        """Something below may have been compiled since, or is no longer."""
+        if traced(self._modules) != self.traced:
+            self._chart()
+
+    @property
+    def streamable(self) -> bool:
+        """It can run with some of its units at a time."""
+        return bool(self.points) and not self.whole and len(self.must) < len(self.units)
+
+    @property
+    def smallest_nbytes(self) -> int:
+        """The fewest bytes of weights that it can run with, as it is called now."""
+        return self.least_nbytes if self.streamable else self.nbytes
+
+    def learn(self, visited: list[int]) -> None:
+        """A pass called these points, by number, in this order."""
+        # By the last call of each: units that are read in turns are done with in that order.
+        self.visits = {number: place for place, number in enumerate(dict.fromkeys(reversed(visited)))}
+        self.visits = {number: len(self.visits) - 1 - place for number, place in self.visits.items()}
+        self.first_visit = visited[0] if visited else -1
+        by_number = {p.number: p for p in self.points}
+        ends: dict[str, int] = {}
+        for number, place in sorted(self.visits.items(), key=lambda item: item[1]):
+            ends |= dict.fromkeys(by_number[number].units, place)
+        used = sorted(ends, key=ends.__getitem__)
+        first = [u.key for u in self.units if u.key in self.must and u.key not in ends]
+        # units that the pass did not read come last: an encoder's while only the decoder runs
+        self.order = tuple(dict.fromkeys([*first, *used, *(u.key for u in self.units)]))
+
+    def time_units(self) -> None:
+        """Take over what the last measured pass took, if the device has come so far. The host does not wait."""
+        if not self.pending or not self.pending[-1][2].query():
+            return
+        times: dict[str, float] = {}
+        nbytes = {u.key: u.nbytes for u in self.units}
+        for (point, _, went), (_, arrived, _) in itertools.pairwise(self.pending):
+            if point is None or not set(point.units) <= set(nbytes):
+                continue
+            took = max(0.0, float(went.elapsed_time(arrived)))
+            total = sum(nbytes[u] for u in point.units) or 1
+            for unit in point.units:
+                times[unit] = times.get(unit, 0.0) + took * nbytes[unit] / total
+        self.unit_ms, self.pending = times, []
 
     def _all_units(self) -> list[Unit]:
         """In definition order, those whose tensors have moved away within this call included."""
@@ -199,29 +289,70 @@ class Component:
 
     # ------------------------------------------------------------------- binding
     def bind(self) -> None:
-        """Let the modules show the twins. Every unit is on the device and compute waits for its copy."""
+        """Let the modules show the twins, as far as there are any: of units that were never loaded the masters stay."""
         self.bound = True
         for entries, key, master in self._slots:
             twin = master.twin
-            assert twin is not None, f"{self.key}: {master.name} has no twin"
+            if twin is None:
+                continue
             if twin.requires_grad is not master.tensor.requires_grad:
                 twin.requires_grad_(master.tensor.requires_grad)
             entries[key] = twin
+        for unit in self.units:
+            unit.fresh = False
         self._after_swap()
         self._merged = [(m, tuple(m.merged_adapters)) for m in self._peft]
+
+    def show(self, unit: Unit) -> None:
+        """While bound: a unit was loaded whose twins are new."""
+        unit.fresh = False
+        for master in unit.masters:
+            twin = master.twin
+            assert twin is not None
+            if twin.requires_grad is not master.tensor.requires_grad:
+                twin.requires_grad_(master.tensor.requires_grad)
+            for entries, key in master.slots:
+                if entries.get(key) is master.tensor:
+                    entries[key] = twin
+        self._after_swap()
+
+    def leave(self, unit: Unit, kept: bool = False) -> None:
+        """While bound: a unit is about to leave the device. What was written to it there is written back first.
+
+        Args:
+            kept: its memory is left to others, and with it its twins.
+        """
+        # Once for every use of a streamed unit: twins are no inference tensors, so they have a version.
+        for master in [m for m in unit.masters if m.twin is not None and m.twin._version != m.twin_version]:
+            assert master.twin is not None
+            with torch.inference_mode(False), torch.no_grad():
+                master.put(master.twin.detach())
+            self.d2h_nbytes += master.twin.nbytes
+            master.look()
+            master.twin_version = master.twin._version
+            unit.sample()
+        if kept or not isinstance(unit, SlabUnit):  # its twins go with it
+            for master in unit.masters:
+                for entries, key in master.slots:
+                    if entries.get(key) is master.twin:
+                        entries[key] = master.tensor
 
     def _after_swap(self) -> None:
         for module in self._flat:  # an RNN keeps a second list of its weights
             module._flat_weights = [getattr(module, n, None) for n in module._flat_weights_names]  # type: ignore[operator,union-attr]
 
-    def unbind(self) -> list[Unit]:
+    def unbind(self, awaited: Callable[[Unit], bool] = lambda unit: True) -> list[Unit]:
         """Let the modules show the masters again, and take over what was changed on the device.
+
+        Args:
+            awaited: the caller's stream has waited for the unit's copy; nobody has written to others.
 
         Returns:
             Units whose device copy no longer equals the master.
         """
         stale: list[Unit] = []
-        slabs = [u for u in self.units if isinstance(u, SlabUnit)] if self.by_hand else []
+        slabs = [u for u in self.units if isinstance(u, SlabUnit) and u.present and awaited(u)]
+        slabs = slabs if self.by_hand else []
         rewritten = {id(m.twin) for unit in slabs for m in unit.rewritten()}
         if rewritten or not self.untouched():
             stale = self._take_over(rewritten)
@@ -236,7 +367,9 @@ class Component:
         """A glance at whether the modules still show twins: someone may have moved the module by hand."""
         for entries, key, master in (*self._slots[:1], *self._slots[-1:]):
             twin = entries.get(key)
-            if twin is not master.twin or twin is None or twin.data_ptr() != master.twin_ptr:
+            if twin is not (master.twin if master.twin is not None else master.tensor):
+                return bool(self.running)
+            if twin is master.twin and twin.data_ptr() != master.twin_ptr and not self.streaming:
                 return bool(self.running)
         return True
 
@@ -248,12 +381,17 @@ class Component:
         if any(tuple(m.merged_adapters) != before for m, before in self._merged):
             return False
         for entries, key, master in self._slots:
-            if entries.get(key) is not master.twin:
+            if entries.get(key) is not (master.twin if master.twin is not None else master.tensor):
                 return False
-        for master in self._masters.values():
-            twin = master.twin
-            if twin is None or twin.data_ptr() != master.twin_ptr or twin._version != master.twin_version:
-                return False
+        for unit in self.units:
+            present = unit.present  # the twins of an absent one point nowhere
+            for master in unit.masters:
+                twin = master.twin
+                if twin is None:
+                    if not self.streaming:
+                        return False
+                elif twin._version != master.twin_version or (present and twin.data_ptr() != master.twin_ptr):
+                    return False
         return True
 
     def _take_over(self, rewritten: set[int]) -> list[Unit]:
@@ -266,6 +404,7 @@ class Component:
             id(p) for m, before in self._merged if tuple(m.merged_adapters) != before for p in m.parameters()
         }
         by_twin = {id(m.twin): m for m in self._masters.values() if m.twin is not None}
+        absent = {id(m) for u in self.units if not u.present for m in u.masters}  # `leave` has seen to them
         done: dict[int, torch.Tensor] = {}
         moved_away: set[int] = set()
         written: set[int] = set()
@@ -274,6 +413,10 @@ class Component:
             for entries, key, shown in list(tensors_of(modules_of(self.module))):
                 master = by_twin.get(id(shown))
                 if master is None:
+                    master = self._masters.get(id(shown))
+                    if master is not None and master.twin is None:
+                        slots.append((entries, key, master))  # its unit was not needed
+                        continue
                     if shown.device == self.device:  # made or replaced while on the device
                         if id(shown) not in done:
                             done[id(shown)] = _to_host(shown)
@@ -283,8 +426,8 @@ class Component:
                 if id(shown) in done:
                     continue
                 done[id(shown)] = shown
-                moved = shown.data_ptr() != master.twin_ptr
-                if moved or shown._version != master.twin_version or id(shown) in merged:
+                moved = shown.data_ptr() != master.twin_ptr and id(master) not in absent
+                if moved or shown._version != master.twin_version or (id(shown) in merged and id(master) not in absent):
                     master.put(shown.detach())
                     self.d2h_nbytes += shown.nbytes
                     master.look()

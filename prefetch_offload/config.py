@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -71,6 +72,7 @@ class Settings:
         staging: size of the pinned ring used for masters that could not be pinned.
         fingerprints: compare sampled bytes of each cached unit with its master at a component's first entry in a call,
             so that a write that leaves no other mark (``weight.data += delta``) is seen. About 1 ms per GB.
+        strategy: how shares of the device are planned, a callable as in `prefetch_offload.strategy`; None: `balanced`.
         verify: record every stream operation and check it for hazards (`Offload.hazards`). Slow; for tests.
     """
 
@@ -83,6 +85,7 @@ class Settings:
     unit_max: int = 256 * MIB
     staging: int = 64 * MIB
     fingerprints: bool = True
+    strategy: Callable[..., Any] | None = None
     verify: bool = False
 
     @classmethod
@@ -104,6 +107,10 @@ class Settings:
                     values[name] = None
                 else:
                     values[name] = parse_nbytes(value, name)
+            elif name == "strategy":
+                if value is not None and not callable(value):
+                    raise SettingError(f"strategy={value!r}: give a callable (workload, budget_nbytes, link) -> shares.")
+                values[name] = value
             elif not isinstance(value, bool):
                 raise SettingError(f"{name}={value!r}: give True or False.")
             else:

@@ -71,7 +71,7 @@ class Lanes:
 
     def compute(self) -> torch.Stream:
         """The stream that the caller's kernels go to."""
-        return torch.accelerator.current_stream(self.device)
+        return torch.accelerator.current_stream(self.device.index)  # an index is found at once, a device is looked up
 
     def capturing(self) -> bool:
         """The current stream is being captured into a CUDA graph."""

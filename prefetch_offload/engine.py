@@ -4,38 +4,49 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import weakref
 
 import torch
 
 from .calls import Memory
 from .component import Component
-from .config import MIB, Settings
-from .device import OUT_OF_MEMORY
+from .config import Budget, Settings
 from .errors import OffloadError
-from .holdings import Client, Holdings
-from .planner import EntryPlan, plan_entry
-from .residency import Entered, Instruction, Load, Prefetched
+from .holdings import Client
+from .moves import Moves, head_units
+from .planner import plan_entry
+from .planning import ASSUMED_GBPS, replan
+from .residency import Prefetched
+from .simulator import Link
 from .trace import Timeline
 
 
 class _Segment:
     """The time from one component's entry to the next one's, while its activations are measured."""
 
-    def __init__(self, memory: Memory, shape: object, weight_nbytes: int, held_nbytes: int) -> None:
+    def __init__(self, memory: Memory, shape: object, component: Component, held_nbytes: int) -> None:
         self.memory, self.shape = memory, shape
-        self.weight_nbytes, self.held_nbytes = weight_nbytes, held_nbytes
+        self._component = weakref.ref(component)  # no engine keeps components alive
+        self.weight_nbytes, self.held_nbytes = component.nbytes, held_nbytes
         self.peak_nbytes = 0  # before another thread reset the statistic
 
+    def needs(self, peak_nbytes: int, baseline_nbytes: int) -> int:
+        """Device memory in use besides weights. While units come and go, the least that weights took is what counts."""
+        component = self._component()
+        stream = component.stream if component is not None else None
+        held = self.held_nbytes if stream is None else min(self.held_nbytes, stream.least_held_nbytes)
+        return max(0, max(peak_nbytes, self.peak_nbytes) - held - baseline_nbytes)
 
-class Engine(Holdings):
+
+class Engine(Moves):
     """See the module. Every public method may be called from any thread."""
 
     def __init__(self, device: torch.device, settings: Settings) -> None:
         super().__init__(device, settings)
-        self._calls: dict[int, list[Client]] = {}  # by thread
         self._segments: dict[int, _Segment] = {}
         self.baseline = 0
         self.high_water = 0
+        self.link = Link(ASSUMED_GBPS)
 
     def _recover(self) -> None:
         super()._recover()
@@ -51,10 +62,20 @@ class Engine(Holdings):
             and torch.accelerator.current_stream(self.device).stream_id == component.stream_id
         )
 
-    def enter(self, component: Component, shape: object, previous: Component | None = None) -> None:
+    def enter(
+        self,
+        component: Component,
+        shape: object,
+        previous: Component | None = None,
+        called: bool = False,
+        whole: bool = False,
+    ) -> None:
         """Make `component` ready to run on the caller's stream, and start what comes after it.
 
         Args:
+            called: its call follows, in which units can be awaited one by one. Otherwise those that are there, or on their
+                way, can be read when this returns.
+            whole: the call goes through compiled code that reads all of it.
             shape: stands for what the component is about to be given; same shape, same activation memory.
             previous: the component whose modules show their masters from now on (stock moves it to the host here).
 
@@ -78,6 +99,8 @@ class Engine(Holdings):
                 self._refresh(component, transient=client.calling > 0)
             if previous is not None and previous is not component and previous.bound and client.order.visits(component.key) < 2:
                 self._unbind(previous)  # not for ever: two networks that take turns in every step stay shown
+            component.retrace()
+            component.whole = whole or id(component.module) in component.traced
             client.entered.add(component.key)
             if switched:
                 self.recorder.left()
@@ -86,87 +109,57 @@ class Engine(Holdings):
             shape = (component.key, shape)
             client.shapes[component.key] = shape
             if first or not client.available:
-                client.available = self._available(client)
-            cap = client.memory.cap(shape, component.nbytes, client.available)
-            if client.ceiling is not None:
-                cap = max(component.nbytes, min(cap, client.ceiling))
-            self._make_ready(component, client, cap)
+                client.available = self.available(client)
+            self._make_ready(component, client, self._cap(component, client))
             if not component.bound:
                 component.bind()
                 component.by_hand = client.watched or not client.calling
             component.stream_id = self.lanes.compute().stream_id
+            if not called:
+                self.settle(component)
             self._start_segment(thread, client, component, shape)
             self.recorder.entered(component.key, component.name, self.residency.held_nbytes)
 
-    def _client(self, component: Component) -> Client:
-        stack = self._calls.get(threading.get_ident())
-        if stack and component.key in stack[-1].components:
-            return stack[-1]
-        return component.client
+    # --------------------------------------------------------------- streaming
+    def pass_begins(self, component: Component) -> None:
+        """`component`, which has been entered, is called."""
+        client = self._client(component)
+        order = client.order
+        order.passed()
+        self.recorder.passed()
+        stream = component.stream
+        if stream is None:
+            return
+        with self._changing():
+            if stream.spent:  # one more than was expected: there is no plan for it
+                self._make_ready(component, client, self._cap(component, client))
+                stream = component.stream
+            elif stream.window is None and self.residency.is_ready(component.key):
+                stream.close()
+                stream = component.stream = None
+            if stream is not None:
+                stream.begin_pass(order.passes_left() == 0)
 
-    def _available(self, client: Client) -> int:
-        reserve = self.settings.reserve
-        if reserve is None:
-            total = self.lanes.total_nbytes()
-            reserve = min(max(256 * MIB, total // 25), total // 10)
-        return max(0, self.residency.held_nbytes + self.lanes.free_nbytes() - reserve)
+    def rebudget(self, client: Client, budget: Budget) -> None:
+        """The client has another budget from its next call on; what the new one has no room for goes now."""
+        with self._changing():
+            client.memory.budget = budget
+            client.memory.alone.clear()
+            client.memory.tight.clear()
+            client.plan, client.shares, client.heads = None, {}, {}
+            if isinstance(budget, int):
+                view, protected = self.residency.view(), self._protected(None)
+                plan = plan_entry(view, None, budget // 2, client.order.upcoming(), protected, False)
+                self._drop(list(self._unbind_readers(plan.drops)))
 
-    def _protected(self, component: Component | None) -> frozenset[str]:
-        """Units that a running component reads, here or in another thread."""
-        thread = threading.get_ident()
-        alive = {t.ident for t in threading.enumerate()}
-        for gone in [t for t in self.current if t not in alive]:
-            del self.current[gone]
-        others = {key for t, key in self.current.items() if t != thread}
-        busy = [c for c in self.live() if c is not component and (c.running or c.key in others)]
-        return frozenset(u.key for c in busy for u in c.units)
-
-    def _make_ready(self, component: Component, client: Client, cap: int) -> None:
-        protected = self._protected(component)
-        upcoming = client.order.upcoming()
-        plan = plan_entry(
-            self.residency.view(), component.key, cap, upcoming, protected, client.settings.prefetch
-        )
-        try:
-            self._carry_out(component, client, plan)
-        except OUT_OF_MEMORY:
-            self.recorder.count("ladder")
-            client.memory.ran_out(client.shapes[component.key])
-            own = {u.key for u in component.units}
-            self._drop([u for u in self.residency.held() if u not in own and u not in protected])
-            self.lanes.empty_cache()
-            try:
-                self._carry_out(component, client, EntryPlan())
-            except OUT_OF_MEMORY as error:
-                raise torch.OutOfMemoryError(f"{error}\n{self._why(component)}") from error
-
-    def _why(self, component: Component) -> str:
-        return (
-            f"prefetch_offload: {component.name} needs {component.nbytes / MIB:.1f} MiB for its weights. Everything else of "
-            f"this device's pipelines has been dropped ({self.residency.held_nbytes / MIB:.1f} MiB are held), and "
-            f"{self.lanes.free_nbytes() / MIB:.1f} MiB are free."
-        )
-
-    def _carry_out(self, component: Component, client: Client, plan: EntryPlan) -> None:
-        plan = dataclasses.replace(plan, drops=self._unbind_readers(plan.drops))
-        instructions = self.residency.handle(Entered(component.key, plan))
-        ahead = set(plan.prefetches)
-        needed = [i for i in instructions if not (isinstance(i, Load) and i.unit in ahead)]
-        later = [i for i in instructions if isinstance(i, Load) and i.unit in ahead]
-        missing = sum(isinstance(i, Load) for i in needed)
-        self.recorder.met(component.key, len(component.units) - missing, missing)
-        with self.recorder.stall(component.key, component.name, needed):
-            self._run(needed, later)
-            for unit in component.units:
-                self.transport.wait(unit)  # for a stream that has not waited for it yet
-        self._run_ahead(client, later)
-
-    def _run_ahead(self, client: Client, instructions: list[Instruction]) -> None:
-        try:
-            self._run(instructions, [], ahead=True)
-        except OUT_OF_MEMORY:
-            self.recorder.count("prefetch refused")
-            client.ceiling = self.residency.held_nbytes  # asking again would be refused again
+    def adopt_plan(self, client: Client) -> None:
+        """The client has a plan, or none any more: components that do not fit follow it from their next entry."""
+        client.shares = dict(client.plan.shares) if client.plan is not None else {}
+        client.heads = {}
+        for key, share in client.shares.items():
+            component = client.components[key]
+            if len(share.keep) < len(component.units):
+                client.heads[key] = head_units(component, share)
 
     # ------------------------------------------------------------ measurement
     def _start_segment(self, thread: int, client: Client, component: Component, shape: object) -> None:
@@ -176,14 +169,14 @@ class Engine(Holdings):
             for segment in self._segments.values():  # the statistic is the device's, not the thread's
                 segment.peak_nbytes = max(segment.peak_nbytes, peak)
             self.lanes.reset_peak()
-            self._segments[thread] = _Segment(client.memory, shape, component.nbytes, self.residency.held_nbytes)
+            self._segments[thread] = _Segment(client.memory, shape, component, self.residency.held_nbytes)
 
     def _end_segment(self, thread: int, learn: bool = True) -> None:
         segment = self._segments.pop(thread, None)
         peak = self.lanes.peak_nbytes()
         self.high_water = max(self.high_water, peak)
         if segment is not None and learn:
-            needs = max(0, max(peak, segment.peak_nbytes) - segment.held_nbytes - self.baseline)
+            needs = segment.needs(peak, self.baseline)
             segment.memory.learn(segment.shape, needs, segment.weight_nbytes)
 
     def keep_memory(self, component: Component) -> None:
@@ -194,27 +187,37 @@ class Engine(Holdings):
                     self.transport.keep(unit)
 
     def out_of_memory(self, component: Component) -> None:
-        """`component` ran out of memory while it ran: drop everything that is not running, and let it run alone."""
+        """`component` ran out of memory while it ran: drop all that is not running; next, it is streamed."""
         with self._changing():
             client = self._client(component)
+            shape = client.shapes.get(component.key)
             self.recorder.count("ladder")
-            client.memory.ran_out(client.shapes.get(component.key))
             running = self._protected(None) | {u.key for u in component.units}
-            self._drop([u for u in self.residency.held() if u not in running])
+            others = [u for u in self.residency.held() if u not in running]
+            client.memory.ran_out(shape)
+            if not others:
+                client.memory.ran_out(shape)  # it was alone
+            self._drop(others)
             self._segments.pop(threading.get_ident(), None)
             self.lanes.empty_cache()
+            if component.streamable and shape in client.memory.tight:
+                self._make_ready(component, client, self._cap(component, client))
+                if component.stream is not None:
+                    component.stream.begin_pass(client.order.passes_left() == 0)
 
     # ------------------------------------------------------------------- calls
-    def start_call(self, client: Client) -> None:
-        """A pipeline call begins in this thread."""
+    def start_call(self, client: Client, steps: int | None = None) -> None:
+        """A pipeline call begins in this thread, of so many denoising steps if that is known."""
         with self._changing():
             client.calling += 1
             self._calls.setdefault(threading.get_ident(), []).append(client)
             if client.calling == 1:
-                client.order.start()
+                client.order.start(steps)
                 client.entered.clear()
                 client.available = 0
-                self.recorder.call_started(f"call {client.calls + 1}")
+                self._sampled.clear()
+                replan(self, client)
+                self.recorder.call_started(f"call {client.calls + 1}", client.number)
                 if not self.residency.held_nbytes or not client.memory.activations:
                     self.baseline = max(0, self.lanes.allocated_nbytes() - self.residency.held_nbytes)
                 for component in client.components.values():
@@ -282,8 +285,11 @@ class Engine(Holdings):
         component = client.components.get(upcoming[0])
         if component is None:
             return
-        cap = client.memory.cap(shape, component.nbytes, self._available(client))
-        plan = plan_entry(self.residency.view(), None, cap, upcoming, self._protected(None), client.settings.prefetch)
+        least = component.smallest_nbytes
+        cap = client.memory.cap(shape, component.nbytes, self.available(client), least)
+        view, protected = self.residency.view(), self._protected(None)
+        plan = plan_entry(view, None, cap, upcoming, protected, client.settings.prefetch, client.heads)
+        plan = self._lasting(client, plan, cap)
         plan = dataclasses.replace(plan, drops=self._unbind_readers(plan.drops))
         self._run_ahead(client, self.residency.handle(Prefetched(plan)))
 

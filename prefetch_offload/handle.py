@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import accelerate.hooks
@@ -21,8 +23,9 @@ from .adapter.entry import attach
 from .adapter.hooks import CpuOffload, Session, unwrap
 from .adoption import check_tensors
 from .component import Component
-from .config import Settings
+from .config import Budget, Settings, parse_budget
 from .engine import Engine
+from .errors import SettingError
 from .hazards import Hazard
 
 
@@ -72,6 +75,30 @@ class Offload:
     def settings(self) -> Settings:
         """What the pipeline was enabled with."""
         return self._session.settings
+
+    @property
+    def budget(self) -> Budget:
+        """Device bytes for weights and activations, ``"stock"`` or None; can be set between calls.
+
+        Raises:
+            SettingError: it is no budget, or a call is in progress.
+            BudgetError: some component cannot run in it, whatever is streamed. The budget is as it was.
+        """
+        return self._session.settings.budget
+
+    @budget.setter
+    def budget(self, value: int | str | None) -> None:
+        from .api import check_budget
+
+        pipe, client = self._pipe(), self._session.client
+        settings = dataclasses.replace(self.settings, budget=parse_budget(value))
+        if pipe is None:
+            raise SettingError("the pipeline is gone: there is nothing to set a budget for.")
+        if client.calling:
+            raise SettingError("the pipeline is being called: set its budget between two calls.")
+        check_budget(pipe, settings)
+        self._session.settings = client.settings = settings
+        self._engine.rebudget(client, settings.budget)
 
     @property
     def device(self) -> torch.device:
@@ -193,18 +220,30 @@ class Offload:
         return any(hooks) or bool(self._session.client.components)
 
     @contextlib.contextmanager
-    def calling(self, *given: Any) -> Iterator[None]:
+    def calling(self, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] = MappingProxyType({})) -> Iterator[None]:
         """A call of the pipeline, with these arguments."""
         self._adopt_strays()
         client = self._session.client
-        client.watched = any(map(callable, given))
+        client.watched = any(map(callable, (*args, *kwargs.values())))
         failed = True
         try:
-            self._engine.start_call(client)
+            self._engine.start_call(client, self._steps(args, kwargs))
             yield
             failed = False
         finally:
             self._engine.leave_call(client, failed)
+
+    def _steps(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
+        """The number of denoising steps that a call asks for; None: there is no telling."""
+        pipe = self._pipe()
+        assert pipe is not None
+        try:
+            bound = inspect.signature(adapter.base_class(pipe).__call__).bind(pipe, *args, **kwargs)
+        except TypeError:
+            return None  # the call will say so
+        bound.apply_defaults()
+        steps = bound.arguments.get("num_inference_steps")
+        return steps if isinstance(steps, int) and steps > 0 else None
 
     def freed(self) -> None:
         """diffusers asks for all components to be on the host: at the end of nearly every call, or by hand."""

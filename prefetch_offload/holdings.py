@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -21,10 +22,13 @@ from .masters import Unit, modules_of
 from .native import NativeComponent
 from .planner import EntryPlan
 from .recorder import Recorder
-from .residency import Await, Drop, Dropped, Entered, Instruction, Load, LoadFailed, Residency
+from .residency import Await, Drop, Dropped, Instruction, Load, LoadFailed, Needed, Prefetched, Residency, State
+from .strategy import CallPlan
 from .transport import Transport
+from .window import Share
 
 _local = threading.local()
+_clients = itertools.count()
 
 
 class Client:
@@ -35,12 +39,17 @@ class Client:
         order: the order in which its calls enter components.
         memory: its budget and what its components were measured to need.
         calls: how many calls have ended.
+        number: tells clients apart in a trace.
         calling: depth of pipeline calls in progress.
         watched: the call was given a callback, which may write to weights.
         entered: components entered in this call, by key.
         shapes: the last shape of each component, by key.
         available: device bytes that weights could take in this call if nothing ran.
         ceiling: no more than this, since the device refused more in this call; None: it did not.
+        shares: by component key, what components that do not fit may hold.
+        heads: by component key, the units that those begin with.
+        plan: what the shares come from; None before a call has been measured.
+        planned_because: why it was made, or made anew.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -55,6 +64,11 @@ class Client:
         self.shapes: dict[str, object] = {}
         self.available = 0
         self.ceiling: int | None = None
+        self.shares: dict[str, Share] = {}
+        self.heads: dict[str, tuple[str, ...]] = {}
+        self.plan: CallPlan | None = None
+        self.planned_because = ""
+        self.number = next(_clients)
 
 
 class Holdings:
@@ -75,6 +89,7 @@ class Holdings:
         self.current: dict[int, str] = {}  # by thread: the key of the component entered last
         self._dirty = False
         self._graveyard: list[str] = []
+        self._sampled: set[str] = set()  # units whose bytes were sampled since a call began
         self._depth = 0
 
     # ------------------------------------------------------------- consistency
@@ -108,18 +123,25 @@ class Holdings:
         """
         self.lanes.synchronize()
         running = [c for c in self.live() if c.running and c.bound]
-        kept = {u.key for c in running for u in c.units if u.key in self.transport.flights}
+        kept = [u.key for c in running for u in c.units if u.key in self.transport.flights]
         for component in self.live():
             if component not in running:
+                if component.stream is not None:
+                    component.stream.close()
+                    component.stream = None
                 component.unbind()
+                component.streaming = False
         self.transport.reset([u for u in self.units.values() if u.key not in kept])
         self.residency = Residency()
         for unit in self.units.values():
             self.residency.add_unit(unit.key, unit.nbytes, unit.prefetchable)
         for component in self.live():
             self._register(component)
+        self.residency.handle(Prefetched(EntryPlan((), tuple(kept))))  # carried out before, and so was this:
+        self.residency.handle(Needed(tuple(u for u in kept if self.transport.flights[u].readers)))
         for component in running:
-            self.residency.handle(Entered(component.key, EntryPlan()))  # carried out before
+            if component.stream is not None:
+                component.stream.resync()
         names = {c.key for c in running}
         self.current = {t: key for t, key in self.current.items() if key in names}
 
@@ -178,6 +200,8 @@ class Holdings:
         with self._changing():
             if component.key not in self.components:
                 return
+            if component.stream is not None:
+                self._unbind(component)  # some of it is not on the device, where the rest would stay
             bound = component.bound
             if bound:
                 component.release_twins()
@@ -239,16 +263,28 @@ class Holdings:
         self._drop([u.key for u in stale if u.key in self.transport.flights])
 
     def _register(self, component: Component) -> None:
-        self.residency.set_component(component.key, [u.key for u in component.units])
+        self.residency.set_component(component.key, component.order)
 
     # ------------------------------------------------------------------- moves
-    def _run(self, instructions: list[Instruction], after: list[Instruction], ahead: bool = False) -> None:
-        """Carry out, in order. Out of memory: tell the core what did not happen, `after` included, and raise."""
+    def _run(
+        self, instructions: list[Instruction], after: list[Instruction], ahead: bool = False, streamed: bool = False
+    ) -> None:
+        """Carry out, in order. Out of memory: tell the core what did not happen, `after` included, and raise.
+
+        Args:
+            ahead: nothing of it is needed now.
+            streamed: the units were on the device in this call before; what was sampled then still stands.
+        """
         for i, instruction in enumerate(instructions):
             unit = self.units[instruction.unit]
             if isinstance(instruction, Load):
                 try:
-                    self.recorder.copied(self.transport.load(unit), ahead)
+                    sample = not streamed or unit.key not in self._sampled
+                    self._sampled.add(unit.key)
+                    flight = self.transport.load(unit, sample)
+                    self.recorder.copied(flight, ahead, self.residency.held_nbytes)
+                    if unit.fresh:
+                        self._show(unit)
                 except BaseException:
                     undone = (*instructions[i + 1 :], *after)
                     self.residency.handle(LoadFailed(instruction.unit, undone))
@@ -257,6 +293,13 @@ class Holdings:
                 self.transport.wait(unit)
             else:
                 self.transport.drop(unit)
+
+    def _show(self, unit: Unit) -> None:
+        """A unit's twins are new: its component, if it runs, shows them."""
+        ref = self.components.get(self.recorder.owner[unit.key][0])
+        component = ref() if ref is not None else None
+        if component is not None and component.bound:
+            component.show(unit)
 
     def _unbind_readers(self, units: tuple[str, ...] | list[str]) -> tuple[str, ...]:
         """Nobody shows a unit that is about to go. Returns those still there: taking a change over drops units, too."""
@@ -277,10 +320,14 @@ class Holdings:
                 self.transport.drop(self.units[instruction.unit])
 
     def _unbind(self, component: Component) -> None:
+        if component.stream is not None:
+            component.stream.close()
+            component.stream = None
         for unit in component.units:
             if unit.key in self.transport.flights:
                 self.transport.read_back(unit)
-        stale = component.unbind()
+        stale = component.unbind(lambda unit: self.residency.state(unit.key) is State.READY)
+        component.streaming = False
         self._drop([u.key for u in stale if u.key in self.transport.flights])
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from .host import Slab
 from .units import align
 
-_DEVICE_GRAIN = 512  # the caching allocator's: what a tensor allocated alone really takes
+DEVICE_GRAIN = 512  # the caching allocator's: what a tensor allocated alone really takes
 _SAMPLES = 16  # per tensor, spread evenly, first and last word included: about 1 ms per GB of SDXL-like tensors
 
 
@@ -143,6 +143,7 @@ class Unit:
         prefetchable: can be copied ahead of use.
         payload_nbytes: bytes that a copy puts on the link.
         copied: after the last copy out of host memory; until it has happened that memory may not be given back.
+        fresh: its twins are new objects, which the modules do not show yet.
     """
 
     prefetchable = False
@@ -150,6 +151,12 @@ class Unit:
     def __init__(self, key: str, nbytes: int, payload_nbytes: int, masters: list[Master]) -> None:
         self.key, self.nbytes, self.payload_nbytes, self.masters = key, nbytes, payload_nbytes, masters
         self.copied: torch.Event | None = None
+        self.fresh = False
+
+    @property
+    def present(self) -> bool:
+        """It has device memory, and its twins show it."""
+        return all(m.twin is not None for m in self.masters)
 
     def allocate(self, device: torch.device) -> None:
         """Take device memory, on the current stream. Raises torch.OutOfMemoryError and is as before."""
@@ -179,7 +186,7 @@ class SlabUnit(Unit):
     """Masters in a slab, copied as one contiguous run of bytes."""
 
     def __init__(self, key: str, slab: Slab, masters: list[Master]) -> None:
-        super().__init__(key, align(slab.nbytes, _DEVICE_GRAIN), slab.nbytes, masters)
+        super().__init__(key, align(slab.nbytes, DEVICE_GRAIN), slab.nbytes, masters)
         self.slab = slab
         self.bytes: torch.Tensor | None = None  # [slab.nbytes] uint8 on the device; its storage is empty unless resident
         self._offsets: list[int] = []
@@ -189,6 +196,10 @@ class SlabUnit(Unit):
     @property
     def prefetchable(self) -> bool:  # type: ignore[override]
         return self.slab.pinned
+
+    @property
+    def present(self) -> bool:
+        return self.bytes is not None and self.bytes.untyped_storage().nbytes() > 0
 
     def place(self, offsets: list[int]) -> None:
         """Masters lie at these byte offsets of the slab."""
@@ -208,6 +219,7 @@ class SlabUnit(Unit):
             base = self.bytes.data_ptr()
             for master, offset in zip(self.masters, self._offsets, strict=True):
                 if master.twin is None:
+                    self.fresh = True
                     # Like its home: the tensor may have changed since, which the component's next entry takes in.
                     master.twin_data = self._view(master.home if master.home is not None else master.tensor, offset)
                     master.twin = master.wrap(master.twin_data.detach())
@@ -264,7 +276,7 @@ class CarriedUnit(Unit):
 
     def __init__(self, key: str, masters: list[Master]) -> None:
         sizes = [tensor_nbytes(m.tensor) for m in masters]
-        super().__init__(key, sum(align(n, _DEVICE_GRAIN) for n in sizes), sum(sizes), masters)
+        super().__init__(key, sum(align(n, DEVICE_GRAIN) for n in sizes), sum(sizes), masters)
 
     def allocate(self, device: torch.device) -> None:
         made: list[torch.Tensor] = []
@@ -276,6 +288,7 @@ class CarriedUnit(Unit):
                     made.append(master.wrap(data.copy_(tensor)))
                 else:
                     made.append(master.wrap(tensor.to(device)))
+        self.fresh = True
         for master, twin in zip(self.masters, made, strict=True):
             master.twin, master.twin_ptr, master.twin_version = twin, twin.data_ptr(), version_of(twin)
 

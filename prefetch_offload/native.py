@@ -4,6 +4,7 @@ TorchScript modules. They are offloaded as stock does it, whole and synchronousl
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -49,6 +50,9 @@ class NativeComponent(Component):
     def __init__(self, module: nn.Module, name: str, device: torch.device, settings: Settings, pins: Pins) -> None:
         super().__init__(module, name, device, settings, pins)
         self.units = [NativeUnit(f"{self.key}.0/native", module)]
+        self.order = tuple(u.key for u in self.units)
+        self.must = frozenset(self.order)
+        self.least_nbytes = self.nbytes
 
     def unchanged(self) -> bool:
         return True
@@ -59,7 +63,7 @@ class NativeComponent(Component):
     def bind(self) -> None:
         self.bound = True
 
-    def unbind(self) -> list[Unit]:
+    def unbind(self, awaited: Callable[[Unit], bool] = lambda unit: True) -> list[Unit]:
         self.bound = False
         return []
 

@@ -6,7 +6,7 @@ after this one will most likely run the same components in the same order.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -132,3 +132,45 @@ def plan_entry(
                 prefetches.append(unit)
                 held += view.nbytes[unit]
     return EntryPlan(tuple(drops), tuple(prefetches), held, loads)
+
+
+def lasting(
+    plan: EntryPlan,
+    held: Iterable[str],
+    cap_nbytes: int,
+    nbytes: Mapping[str, int],
+    owner: Mapping[str, str],
+    upcoming: Sequence[str],
+    room_nbytes: Callable[[str], int],
+) -> EntryPlan:
+    """`plan` without the prefetches that would have to leave again, before they are read, for a component that comes
+    first: they only delay its own copies. Drops that made room for them are left out too.
+
+    Args:
+        held: units on the device before the plan is carried out.
+        cap_nbytes, upcoming: as for `plan_entry`.
+        nbytes, owner: of every unit; its component.
+        room_nbytes: bytes that others may hold while a component runs.
+    """
+    names = list(dict.fromkeys(upcoming))
+    index = {name: i for i, name in enumerate(names)}
+    rooms = [room_nbytes(name) for name in names]
+    there = [0] * len(names)  # bytes by component that are wanted no later than those to be prefetched
+    dropped = set(plan.drops)
+    for unit in held:
+        if unit not in dropped and owner[unit] in index:
+            there[index[owner[unit]]] += nbytes[unit]
+    kept = 0
+    for unit in plan.prefetches:
+        at = index[owner[unit]]
+        there[at] += nbytes[unit]
+        if any(sum(there[j + 1 : at + 1]) > rooms[j] for j in range(at)):
+            break
+        kept += 1
+    if kept == len(plan.prefetches):
+        return plan
+    peak = plan.peak_nbytes - sum(nbytes[u] for u in plan.prefetches[kept:])
+    drops = list(plan.drops)
+    while drops and owner[drops[-1]] != upcoming[-1] and peak + nbytes[drops[-1]] <= cap_nbytes:
+        peak += nbytes[drops.pop()]
+    return EntryPlan(tuple(drops), plan.prefetches[:kept], peak, plan.loads)

@@ -69,11 +69,16 @@ class Recorder:
         return event
 
     # ------------------------------------------------------------------ events
+    def passed(self) -> None:
+        """What runs begins a pass."""
+        if self._run is not None:
+            self._run.args["passes"] = int(self._run.args.get("passes", 0)) + 1  # type: ignore[call-overload]
+
     def count(self, what: str) -> None:
         self.counts[what] += 1
 
-    def call_started(self, name: str) -> None:
-        self._call = _Mark("calls", name, self._now(), None)
+    def call_started(self, name: str, client: int) -> None:
+        self._call = _Mark("calls", name, self._now(), None, {"client": client})
 
     def call_ended(self, failed: bool) -> None:
         self.left()
@@ -108,12 +113,13 @@ class Recorder:
         totals.hits += hits
         totals.misses += misses
 
-    def copied(self, flight: Flight, ahead: bool) -> None:
-        """A unit's copy was enqueued; `ahead` of use, or because it is needed now."""
+    def copied(self, flight: Flight, ahead: bool, held_nbytes: int) -> None:
+        """A unit's copy was enqueued, `ahead` of use or because it is needed now; weights take `held_nbytes` then."""
         key, name = self.owner[flight.unit.key]
         self.of(key).h2d_nbytes += flight.unit.payload_nbytes
         args = {"component": key, "unit": flight.unit.key, "nbytes": flight.unit.payload_nbytes, "prefetch": ahead}
         self._marks.append(_Mark("copy", name, flight.start, flight.ready, dict(args)))
+        self._levels.append((flight.start, held_nbytes))
 
     @contextlib.contextmanager
     def stall(self, key: str, name: str, instructions: Sequence[Instruction]) -> Iterator[None]:
@@ -126,6 +132,38 @@ class Recorder:
         self._marks.append(_Mark("stalls", name, before, self._now(), {"component": key}))
 
     # ----------------------------------------------------------------- figures
+    def _recent(self, track: str) -> list[_Mark]:
+        """Marks of the last complete call, as far as the device has come to them."""
+        found = []
+        for mark in reversed(self._marks):
+            if mark.track == "calls":
+                if found:
+                    break
+                continue
+            if mark.track == track and mark.end is not None and mark.end.query():
+                found.append(mark)
+        return found
+
+    def run_ms(self) -> dict[str, float]:
+        """By component key, what a pass of its last call computed, without the waits for copies."""
+        ms: Counter[str] = Counter()
+        passes: Counter[str] = Counter()
+        for mark in self._recent("compute"):
+            key = str(mark.args["component"])
+            ms[key] += float(mark.start.elapsed_time(mark.end))  # type: ignore[assignment]
+            passes[key] += int(mark.args.get("passes", 0))  # type: ignore[call-overload]
+        for mark in self._recent("stalls"):
+            ms[str(mark.args["component"])] -= float(mark.start.elapsed_time(mark.end))  # type: ignore[assignment]
+        return {key: max(0.0, ms[key]) / n for key, n in passes.items() if n}
+
+    def link_gbps(self) -> float | None:
+        """What the link gave in the last call's copies from pinned memory; None: there were none."""
+        nbytes, ms = 0, 0.0
+        for mark in self._recent("copy")[:256]:
+            nbytes += int(mark.args["nbytes"])  # type: ignore[call-overload]
+            ms += float(mark.start.elapsed_time(mark.end))
+        return nbytes / ms / 1e6 if ms > 0 and nbytes >= (1 << 16) else None
+
     def timeline(self, simulated: bool) -> Timeline:
         """All kept spans in milliseconds since the first event. Waits for the device."""
         self._lanes.synchronize()
@@ -143,4 +181,5 @@ class Recorder:
                 duration = max(0.0, float(mark.start.elapsed_time(mark.end)))
                 spans.append(Span(mark.track, mark.name, at(mark.start), duration, mark.args))  # type: ignore[arg-type]
         levels = tuple(Level(at(event), nbytes) for event, nbytes in self._levels)
+        levels = tuple(sorted(levels, key=lambda level: level.start_ms))
         return Timeline(tuple(sorted(spans, key=lambda s: s.start_ms)), levels, simulated, str(self._lanes.device))

@@ -14,6 +14,7 @@ from .config import MIB
 from .trace import Timeline, busy_ms
 
 if TYPE_CHECKING:
+    from .component import Component
     from .engine import Engine
     from .holdings import Client
 
@@ -54,6 +55,42 @@ class ComponentStats:
 
 
 @dataclasses.dataclass(frozen=True)
+class Compared:
+    """One component in the last call: measured beside predicted. Times in milliseconds.
+
+    Attributes:
+        streamed_nbytes: bytes of its units that do not stay from pass to pass.
+        hidden_ms, exposed_ms: copy time that compute did not wait for, and the time that it waited.
+        predicted_hidden_ms, predicted_exposed_ms: the same by the plan; None: there was no plan.
+    """
+
+    name: str
+    streamed_nbytes: int
+    hidden_ms: float
+    exposed_ms: float
+    predicted_hidden_ms: float | None
+    predicted_exposed_ms: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class LastCall:
+    """The last complete call, measured beside predicted.
+
+    Attributes:
+        ms: from its start to the end of its last kernel.
+        predicted_ms: by the plan that it followed; None: it was the first, or nothing was planned.
+        bound_ms: no schedule within the budget could have been faster, given the measured compute times and link.
+        planned_because: why that plan was made.
+    """
+
+    ms: float
+    predicted_ms: float | None
+    bound_ms: float | None
+    planned_because: str
+    components: tuple[Compared, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Stats:
     """A snapshot. Times are the device's own, from the last few thousand spans; bytes and counts are totals.
 
@@ -66,6 +103,7 @@ class Stats:
         peak_nbytes: the highest device memory the allocator has seen.
         budget: as set.
         counts: noteworthy events: ``ladder`` (ran out of memory and tried again), ``prefetch refused``.
+        last_call: the last complete call beside its plan; None: there was none.
     """
 
     device: str
@@ -80,6 +118,7 @@ class Stats:
     peak_nbytes: int
     link_gbps: float | None
     counts: dict[str, int]
+    last_call: LastCall | None
 
     def to_json(self) -> str:
         """Everything, with the derived figures, as JSON."""
@@ -96,13 +135,19 @@ class Plan:
     Attributes:
         order: components in the order of the last call, or of the pipeline's sequence before there was one.
         resident: for each component, the share of its bytes that is on the device or on its way.
+        streamed: for each component, the share of its bytes that is to pass through a window in every pass.
     """
 
     order: tuple[str, ...]
     resident: dict[str, float]
+    streamed: dict[str, float]
 
     def __str__(self) -> str:
-        return " -> ".join(f"{name} ({self.resident.get(name, 0.0):.0%} there)" for name in self.order)
+        return " -> ".join(self._of(name) for name in self.order)
+
+    def _of(self, name: str) -> str:
+        streamed = f", {self.streamed[name]:.0%} streamed" if self.streamed.get(name) else ""
+        return f"{name} ({self.resident.get(name, 0.0):.0%} there{streamed})"
 
 
 def plan(engine: Engine, client: Client) -> Plan:
@@ -112,7 +157,45 @@ def plan(engine: Engine, client: Client) -> Plan:
     resident = {
         c.name: sum(u.nbytes for u in c.units if u.key in held) / (c.nbytes or 1) for c in client.components.values()
     }
-    return Plan(tuple(names[key] for key in client.order.expected if key in names), resident)
+    streamed = {c.name: _streamed(client, c) / (c.nbytes or 1) for c in client.components.values()}
+    return Plan(tuple(names[key] for key in client.order.expected if key in names), resident, streamed)
+
+
+def _streamed(client: Client, component: Component) -> int:
+    share = client.shares.get(component.key)
+    return sum(u.nbytes for u in component.units if share is not None and u.key not in share.keep)
+
+
+def _last_call(timeline: Timeline, client: Client) -> LastCall | None:
+    calls = [s for s in timeline.spans if s.track == "calls" and s.args.get("client") == client.number]
+    if not calls:
+        return None
+    call = calls[-1]
+    inside = [s for s in timeline.spans if call.start_ms - 1e-3 <= s.start_ms < call.end_ms]
+    plan = client.plan if client.calls > 1 else None  # the first call ran before there was one
+    predicted = plan.prediction if plan is not None else None
+    rows = []
+    for key, component in client.components.items():
+        copy = sum(s.duration_ms for s in inside if s.track == "copy" and s.args["component"] == key)
+        exposed = sum(s.duration_ms for s in inside if s.track == "stalls" and s.args["component"] == key)
+        hoped = [predicted.copy_ms.get(key, 0.0), predicted.exposed_ms.get(key, 0.0)] if predicted is not None else None
+        rows.append(
+            Compared(
+                name=component.name,
+                streamed_nbytes=_streamed(client, component),
+                hidden_ms=max(0.0, copy - exposed),
+                exposed_ms=exposed,
+                predicted_hidden_ms=max(0.0, hoped[0] - hoped[1]) if hoped is not None else None,
+                predicted_exposed_ms=hoped[1] if hoped is not None else None,
+            )
+        )
+    return LastCall(
+        ms=call.duration_ms,
+        predicted_ms=predicted.call_ms if predicted is not None else None,
+        bound_ms=plan.bound_ms if plan is not None else None,
+        planned_because=client.planned_because if plan is not None else "",
+        components=tuple(rows),
+    )
 
 
 def collect(engine: Engine, client: Client) -> Stats:
@@ -154,6 +237,7 @@ def collect(engine: Engine, client: Client) -> Stats:
         peak_nbytes=max(engine.high_water, engine.lanes.peak_nbytes()),
         link_gbps=moved / copy_ms / 1e6 if copy_ms > 0 else None,
         counts=dict(recorder.counts),
+        last_call=_last_call(timeline, client),
     )
 
 
@@ -184,6 +268,21 @@ def table(stats: Stats) -> Table:
     return made
 
 
+def comparison(last: LastCall) -> Table:
+    """The last call beside its plan."""
+    title = f"the last call: {last.ms:.1f} ms"
+    if last.predicted_ms is not None and last.bound_ms is not None:
+        title += f"; planned {last.predicted_ms:.1f} ms, physical limit {last.bound_ms:.1f} ms ({last.planned_because})"
+    made = Table(title=title)
+    made.add_column("component", no_wrap=True)
+    for heading in ("streamed MiB", "hidden ms", "planned", "exposed ms", "planned"):
+        made.add_column(heading, justify="right")
+    for c in last.components:
+        figures = (c.hidden_ms, c.predicted_hidden_ms, c.exposed_ms, c.predicted_exposed_ms)
+        made.add_row(c.name, f"{c.streamed_nbytes / MIB:.1f}", *("-" if f is None else f"{f:.1f}" for f in figures))
+    return made
+
+
 def summary(stats: Stats) -> str:
     """The figures that concern all components."""
     link = f"{stats.link_gbps:.2f} GB/s" if stats.link_gbps else "no copies"
@@ -199,6 +298,8 @@ def render(stats: Stats) -> str:
     """Table and summary as plain text."""
     console = Console(file=io.StringIO(), width=118)
     console.print(table(stats))
+    if stats.last_call is not None:
+        console.print(comparison(stats.last_call))
     console.print(summary(stats), soft_wrap=True)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()

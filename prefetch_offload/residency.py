@@ -29,6 +29,8 @@ class State(enum.Enum):
     LOADING = "loading"
     READY = "ready"
 
+    __hash__ = object.__hash__  # members are single objects; Enum's own is a Python call, and this is the inner loop
+
 
 @dataclass(frozen=True)
 class Load:
@@ -110,7 +112,7 @@ class _Unit:
     nbytes: int
     prefetchable: bool
     state: State = State.HOST
-    story: deque[str] = field(default_factory=lambda: deque(maxlen=32))
+    story: deque[tuple[str, str, State]] = field(default_factory=lambda: deque(maxlen=32))
 
 
 class Residency:
@@ -170,9 +172,10 @@ class Residency:
         """Device bytes of a component when all of its units are resident."""
         return sum(self._units[u].nbytes for u in self._components[component])
 
-    def held(self) -> tuple[str, ...]:
-        """Units with device bytes."""
-        return tuple(u for u, unit in self._units.items() if unit.state is not State.HOST)
+    def held(self, component: str | None = None) -> tuple[str, ...]:
+        """Units with device bytes: all, or those of one component."""
+        units = self._units if component is None else self._components[component]
+        return tuple(u for u in units if self._units[u].state is not State.HOST)
 
     def is_ready(self, component: str) -> bool:
         return all(self._units[u].state is State.READY for u in self._components[component])
@@ -235,34 +238,37 @@ class Residency:
         return steps + [(event.unit, "load failed")]
 
     def _apply(self, steps: list[tuple[str, str]], cause: str) -> list[Instruction]:
+        units = self._units
         after: dict[str, State] = {}
         instructions: list[Instruction] = []
+        moves: list[tuple[_Unit, str, State]] = []
         for unit, what in steps:
-            before = after.get(unit) or self._units[unit].state
-            try:
-                after[unit] = TRANSITIONS[before, what]
-            except KeyError:
+            entry = units[unit]
+            before = after.get(unit, entry.state)
+            new = TRANSITIONS.get((before, what))
+            if new is None:
                 raise TransitionError(
                     f"{cause}: '{what}' is not allowed for {unit}, which is {before.value}\n{self.story(unit)}"
-                ) from None
+                )
+            after[unit] = new
+            moves.append((entry, what, new))
             if what == "load":
                 instructions.append(Load(unit))
             elif what == "await":
                 instructions.append(Await(unit))
             elif what == "drop":
                 instructions.append(Drop(unit, arrived=before is State.READY))
-        for unit, what in steps:
-            entry = self._units[unit]
-            new = TRANSITIONS[entry.state, what]
+        for entry, what, new in moves:
             self.held_nbytes += entry.nbytes * ((new is not State.HOST) - (entry.state is not State.HOST))
             entry.state = new
-            entry.story.append(f"{cause}: {what} -> {new.value}")
+            entry.story.append((cause, what, new))
         return instructions
 
     # ---------------------------------------------------------------- diagnosis
     def story(self, unit: str) -> str:
         """The last transitions of a unit, one a line."""
-        lines = list(self._units[unit].story) or ["nothing has happened to it"]
+        lines = [f"{cause}: {what} -> {new.value}" for cause, what, new in self._units[unit].story]
+        lines = lines or ["nothing has happened to it"]
         return "\n".join([f"story of {unit} ({self._units[unit].nbytes} bytes):", *("  " + s for s in lines)])
 
     def validate(self) -> None:

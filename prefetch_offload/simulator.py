@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from .planner import EntryPlan, plan_entry
+from .planner import EntryPlan, lasting, plan_entry
 from .residency import Await, Drop, Dropped, Entered, Instruction, Load, Needed, Prefetched, Residency, State
 from .trace import Level, Span, Timeline
 from .window import Share, Window
@@ -103,6 +103,7 @@ class Prediction:
         h2d_nbytes: bytes copied in the call.
         peak_nbytes: the most device memory, weights and activations, at any time.
         timeline: of all simulated calls, repeated passes left out.
+        first_ms: the first call, from an empty device.
     """
 
     call_ms: float
@@ -111,6 +112,7 @@ class Prediction:
     h2d_nbytes: int
     peak_nbytes: int
     timeline: Timeline
+    first_ms: float
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,7 @@ class _Totals:
 class _Clock:
     """The two streams' times, and what has been recorded."""
 
+    records: bool = True
     compute: float = 0.0
     copy: float = 0.0
     ready: dict[str, float] = field(default_factory=dict)
@@ -152,9 +155,11 @@ class _Clock:
 class _Device:
     """Carries out what the core says, as the engine does."""
 
-    def __init__(self, workload: Workload, shares: Mapping[str, Share], budget_nbytes: int, link: Link) -> None:
+    def __init__(
+        self, workload: Workload, shares: Mapping[str, Share], budget_nbytes: int, link: Link, records: bool
+    ) -> None:
         self.workload, self.shares, self.budget, self.link = workload, shares, budget_nbytes, link
-        self.clock = _Clock()
+        self.clock = _Clock(records)
         self.residency = Residency()
         self.owner: dict[str, str] = {}
         self.nbytes: dict[str, int] = {}
@@ -164,15 +169,18 @@ class _Device:
                 self.owner[unit] = name
                 self.nbytes[unit] = component.nbytes[unit]
             self.residency.set_component(name, component.units)
-        self.heads = {name: self._head(name, share) for name, share in shares.items() if self._streams(name)}
+        self.heads = {name: self._held_first(name, False) for name in shares if self._streams(name)}
+        self.first = {name: self._held_first(name, True) for name in self.heads}
 
     def _streams(self, name: str) -> bool:
         share = self.shares.get(name)
         return share is not None and not share.keep.issuperset(self.workload.components[name].units)
 
-    def _head(self, name: str, share: Share) -> tuple[str, ...]:
-        component = self.workload.components[name]
-        first = set(Window(component.units, component.nbytes, share).head()) | share.keep
+    def _held_first(self, name: str, entered: bool) -> tuple[str, ...]:
+        """What a component that streams holds before it begins, or when it does."""
+        component, share = self.workload.components[name], self.shares[name]
+        window = Window(component.units, component.nbytes, share)
+        first = set(window.first() if entered else window.head()) | share.keep
         return tuple(u for u in component.units if u in first)
 
     def carry_out(self, instructions: Sequence[Instruction], activations: int) -> None:
@@ -186,18 +194,21 @@ class _Device:
                 clock.copy = clock.ready[unit] = start + took
                 clock.copied[name] = clock.copied.get(name, 0.0) + took
                 clock.h2d_nbytes += self.nbytes[unit]
-                clock.spans.append(Span("copy", name, start, took, {"unit": unit, "nbytes": self.nbytes[unit]}))
+                if clock.records:
+                    clock.spans.append(Span("copy", name, start, took, {"unit": unit, "nbytes": self.nbytes[unit]}))
             elif isinstance(instruction, Await):
                 wait = clock.ready[unit] - clock.compute
                 if wait > 0:
                     clock.exposed[name] = clock.exposed.get(name, 0.0) + wait
-                    clock.spans.append(Span("stalls", name, clock.compute, wait, {"unit": unit}))
+                    if clock.records:
+                        clock.spans.append(Span("stalls", name, clock.compute, wait, {"unit": unit}))
                     clock.compute += wait
             elif isinstance(instruction, Drop) and not instruction.arrived:
                 clock.compute = max(clock.compute, clock.ready[unit])  # freed behind its copy
         # Drops come before the loads that take their place, so what is held in the end is the most.
         clock.peak_nbytes = max(clock.peak_nbytes, self.residency.held_nbytes + activations)
-        clock.levels.append(Level(clock.compute, self.residency.held_nbytes))
+        if clock.records:
+            clock.levels.append(Level(clock.compute, self.residency.held_nbytes))
 
     def run_call(self) -> None:
         runs = self.workload.runs
@@ -209,16 +220,27 @@ class _Device:
         component = self.workload.components[name]
         cap = self.budget - component.activation_nbytes
         streams = name in self.heads
+        room = cap
+        if streams:
+            # The window fills up after the entry, without asking again: what it may grow by is not for others.
+            room -= self.shares[name].limit_nbytes - sum(component.nbytes[u] for u in self.first[name])
         plan = plan_entry(
-            self.residency.view(), name, cap, upcoming, heads=self.heads, lazily=component.streamable, prefetch=not streams
+            self.residency.view(),
+            name,
+            room,
+            upcoming,
+            prefetch=not streams or self.shares[name].ahead,
+            heads={**self.heads, name: self.first[name]} if streams else self.heads,
+            lazily=component.streamable,
         )
+        plan = self.lasting(plan, room, upcoming)
         act = component.activation_nbytes
         self.carry_out(self.residency.handle(Entered(name, plan)), act)
         window: Window | None = None
         if streams:
             window = Window(component.units, component.nbytes, self.shares[name])
-            for unit in window.order:
-                if unit in self.residency.held():
+            for unit in self.residency.held():
+                if window.streams(unit):
                     window.arrived(unit)
         simulated = min(passes, SIMULATED_PASSES)
         for number in range(simulated):
@@ -227,6 +249,15 @@ class _Device:
             self.one_pass(component, window, last, cap, upcoming)
             if number == simulated - 2 and passes > simulated:
                 self.clock.repeat(before, passes - simulated)
+
+    def room_nbytes(self, name: str) -> int:
+        """Bytes that others may hold while `name` runs."""
+        component = self.workload.components[name]
+        own = self.shares[name].limit_nbytes if name in self.heads else component.total_nbytes
+        return self.budget - component.activation_nbytes - own
+
+    def lasting(self, plan: EntryPlan, cap: int, upcoming: tuple[str, ...]) -> EntryPlan:
+        return lasting(plan, self.residency.held(), cap, self.nbytes, self.owner, upcoming, self.room_nbytes)
 
     def one_pass(
         self, component: ComponentLoad, window: Window | None, last: bool, cap: int, upcoming: tuple[str, ...]
@@ -237,21 +268,26 @@ class _Device:
             streamed = window is not None and window.streams(unit)
             if window is not None and streamed:
                 drops, _ = window.need(unit)
-                self.carry_out(residency.handle(Dropped(tuple(drops))), act)
+                if drops:
+                    self.carry_out(residency.handle(Dropped(tuple(drops))), act)
             if residency.state(unit) is not State.READY:
                 self.carry_out(residency.handle(Needed((unit,))), act)
             start = clock.compute
             clock.compute += component.compute_ms.get(unit, 0.0)
-            clock.spans.append(Span("compute", name, start, clock.compute - start, {"unit": unit}))
+            if clock.records:
+                clock.spans.append(Span("compute", name, start, clock.compute - start, {"unit": unit}))
             if window is None:
                 continue
             if streamed:
                 drops, loads = window.done(unit, last)
-                self.carry_out(residency.handle(Prefetched(EntryPlan(tuple(drops), tuple(loads)))), act)
-            if last and window.finished() and turn(i, len(component.units)):
+                if drops or loads:
+                    self.carry_out(residency.handle(Prefetched(EntryPlan(tuple(drops), tuple(loads)))), act)
+            if last and turn(i, len(component.units)) and window.finished():
                 rest = frozenset(component.units[i + 1 :])
                 plan = plan_entry(residency.view(), None, cap, upcoming, protected=rest, heads=self.heads)
-                self.carry_out(residency.handle(Prefetched(plan)), act)
+                plan = self.lasting(plan, cap, upcoming)
+                if plan.drops or plan.prefetches:
+                    self.carry_out(residency.handle(Prefetched(plan)), act)
 
 
 def turn(index: int, n_units: int) -> bool:
@@ -261,20 +297,29 @@ def turn(index: int, n_units: int) -> bool:
 
 
 def simulate(
-    workload: Workload, shares: Mapping[str, Share], budget_nbytes: int, link: Link, calls: int = 2
+    workload: Workload,
+    shares: Mapping[str, Share],
+    budget_nbytes: int,
+    link: Link,
+    calls: int = 2,
+    records: bool = True,
 ) -> Prediction:
     """`calls` calls in a row, the first from an empty device; the figures are the last one's.
 
     Args:
         shares: for components that do not keep all of their units on the device while they run; others do.
         budget_nbytes: device bytes for weights and activations.
+        records: False leaves the timeline empty, for a planner that compares many.
     """
-    device = _Device(workload, shares, budget_nbytes, link)
+    device = _Device(workload, shares, budget_nbytes, link, records)
     clock = device.clock
     before = clock.totals()
-    for _ in range(calls):
+    first_ms = 0.0
+    for number in range(calls):
         before = clock.totals()
         device.run_call()
+        if number == 0:
+            first_ms = clock.totals().ms
     after = clock.totals()
     return Prediction(
         call_ms=after.ms - before.ms,
@@ -283,4 +328,5 @@ def simulate(
         h2d_nbytes=after.h2d_nbytes - before.h2d_nbytes,
         peak_nbytes=clock.peak_nbytes,
         timeline=Timeline(tuple(sorted(clock.spans, key=lambda s: s.start_ms)), tuple(clock.levels), True, "predicted"),
+        first_ms=first_ms,
     )

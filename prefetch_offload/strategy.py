@@ -11,11 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
+from .bound import lower_bound_ms
 from .config import GIB
 from .errors import BudgetError
+from .search import balanced
 from .simulator import Link, Prediction, Workload, simulate
-from .window import Share, share_of
+from .window import Share
+
+__all__ = ["CallPlan", "Strategy", "balanced", "lower_bound_ms", "plan_call", "stock_ms", "whole"]
 
 Strategy = Callable[[Workload, int, Link], Mapping[str, Share]]
 
@@ -26,7 +31,6 @@ class CallPlan:
 
     Attributes:
         shares: by component, for those that stream.
-        prediction: the call in its steady state.
         bound_ms: no schedule can be faster.
     """
 
@@ -34,12 +38,17 @@ class CallPlan:
     budget_nbytes: int
     link: Link
     shares: Mapping[str, Share]
-    prediction: Prediction
     bound_ms: float
+
+    @cached_property
+    def prediction(self) -> Prediction:
+        """The call in its steady state. Simulated when it is first asked for: with thousands of units that takes longer
+        than planning."""
+        return simulate(self.workload, self.shares, self.budget_nbytes, self.link)
 
 
 def plan_call(workload: Workload, budget_nbytes: int, link: Link, strategy: Strategy | None = None) -> CallPlan:
-    """Plan a call, and predict it.
+    """Plan a call.
 
     Raises:
         BudgetError: the call cannot run in this budget; the smallest that it can run in is named.
@@ -51,19 +60,7 @@ def plan_call(workload: Workload, budget_nbytes: int, link: Link, strategy: Stra
             f"{smallest} bytes ({smallest / GIB:.2f} GiB)."
         )
     shares = (strategy or balanced)(workload, budget_nbytes, link)
-    prediction = simulate(workload, shares, budget_nbytes, link)
-    return CallPlan(workload, budget_nbytes, link, shares, prediction, lower_bound_ms(workload, budget_nbytes, link))
-
-
-def balanced(workload: Workload, budget_nbytes: int, link: Link) -> dict[str, Share]:
-    """Shares for the shortest steady call."""
-    shares: dict[str, Share] = {}
-    for name, c in workload.components.items():
-        limit = budget_nbytes - c.activation_nbytes
-        if c.streamable and c.total_nbytes > limit:
-            window = 2 * max(c.nbytes.values())
-            shares[name] = share_of(c.units, c.nbytes, c.compute_ms, limit, window, c.must)
-    return shares
+    return CallPlan(workload, budget_nbytes, link, shares, lower_bound_ms(workload, budget_nbytes, link))
 
 
 def whole(workload: Workload, budget_nbytes: int, link: Link) -> dict[str, Share]:
@@ -71,12 +68,19 @@ def whole(workload: Workload, budget_nbytes: int, link: Link) -> dict[str, Share
     return {}
 
 
-def lower_bound_ms(workload: Workload, budget_nbytes: int, link: Link) -> float:
-    """A time that no schedule of the call can beat in its steady state."""
-    return workload.compute_ms
-
-
 def stock_ms(workload: Workload, h2d_gbps: float, d2h_gbps: float) -> float:
-    """Stock model offload: everything is copied in and back in every call, nothing of it beside compute."""
-    nbytes = sum(workload.components[name].total_nbytes for name in dict.fromkeys(n for n, _ in workload.runs))
+    """Stock model offload: everything is copied in and back in every call, nothing of it beside compute.
+
+    Its components form a chain, here in the order of their first runs: entering one sends the one before it back, and the
+    end of the call sends back all.
+    """
+    chain = list(dict.fromkeys(name for name, _ in workload.runs))
+    there: set[str] = set()
+    nbytes = 0  # copied in; the same number is copied back
+    for name, _ in workload.runs:
+        if name != chain[0]:
+            there.discard(chain[chain.index(name) - 1])
+        if name not in there:
+            there.add(name)
+            nbytes += workload.components[name].total_nbytes
     return workload.compute_ms + nbytes / h2d_gbps / 1e6 + nbytes / d2h_gbps / 1e6

@@ -47,15 +47,19 @@ class Transport:
         self.flights: dict[str, Flight] = {}
         self._staged: list[torch.Event | None] = [None, None]
 
-    def load(self, unit: Unit) -> Flight:
+    def load(self, unit: Unit, sample: bool = True) -> Flight:
         """Take device memory and enqueue the copy.
+
+        Args:
+            sample: remember a fingerprint of the bytes that are copied.
 
         Raises:
             torch.OutOfMemoryError: nothing has changed.
         """
         lanes = self.lanes
         compute = lanes.compute()
-        unit.sample()  # before the copy: a write during it is then seen as a change
+        if sample:
+            unit.sample()  # before the copy: a write during it is then seen as a change
         if not isinstance(unit, SlabUnit):
             start = lanes.record(compute)
             unit.allocate(lanes.device)  # the copies are part of it, on the compute stream

@@ -19,10 +19,19 @@ class Share:
     Attributes:
         limit_nbytes: device bytes of its units at any time.
         keep: its units that stay from pass to pass. The others are streamed: loaded again in every pass.
+        ahead: what fits beside `limit_nbytes` is loaded for the next components when it begins, rather than in its last
+            pass: right when compute hides more than its own copies.
+        head: its streamed units that are worth holding before it begins; None: as many of the first ones as there is
+            room for. Of the others' they are dropped last, and prefetched.
+        late: streamed units that do not come before the unit before them has been read: with few large units, another
+            one may make better use of their room until then.
     """
 
     limit_nbytes: int
     keep: frozenset[str]
+    ahead: bool = False
+    head: frozenset[str] | None = None
+    late: frozenset[str] = frozenset()
 
 
 def share_of(
@@ -96,22 +105,35 @@ class Window:
         self.held: set[str] = set()
         self.held_nbytes = 0
         self._nbytes = nbytes
+        self._share = share
         self._index = {u: i for i, u in enumerate(self.order)}
-        self._at = 0  # index of the unit in use, or of the next one when none has been used in this pass
+        self._at = 0  # index of the unit in use, or of the next one to be used; len(order) at the end of a last pass
+        self._from = 0  # that many units (`_run`) from index `_from` on, cyclic, are held: what `done` need not look at
+        self._run = 0
+        self._used: dict[str, None] = {}  # those held that have been used, the latest last
 
     def streams(self, unit: str) -> bool:
         return unit in self._index
 
     def head(self) -> tuple[str, ...]:
-        """The units to hold before the first pass begins: as many of the first ones as there is room for."""
-        found: list[str] = []
-        held = 0
+        """The units to hold before the first pass begins: as many of the first ones as there is room for, or its share's."""
+        if self._share.head is not None:
+            return tuple(u for u in self.order if u in self._share.head)
+        return self.first()
+
+    def first(self) -> tuple[str, ...]:
+        """The units to hold or load when the first pass begins: the head, and in order of use what fits beside it."""
+        found = [u for u in self.order if self._share.head is not None and u in self._share.head]
+        held = sum(self._nbytes[u] for u in found)
         for unit in self.order:
+            if unit in found or (unit in self._share.late and found):
+                continue
             held += self._nbytes[unit]
             if held > self.limit_nbytes and found:
                 break
             found.append(unit)
-        return tuple(found)
+        chosen = set(found)
+        return tuple(u for u in self.order if u in chosen)
 
     def arrived(self, unit: str) -> None:
         """`unit` is on the device or on its way, by whatever instruction."""
@@ -124,6 +146,8 @@ class Window:
         if unit in self.held:
             self.held.remove(unit)
             self.held_nbytes -= self._nbytes[unit]
+            self._used.pop(unit, None)
+            self._run = min(self._run, (self._index[unit] - self._from) % len(self.order))
 
     def need(self, unit: str, together: frozenset[str] = frozenset()) -> tuple[list[str], list[str]]:
         """`unit` is about to be read, and with it those of `together`. Returns (drops, loads): none if it is held."""
@@ -146,26 +170,64 @@ class Window:
     def done(self, unit: str, last: bool) -> tuple[list[str], list[str]]:
         """The last reader of `unit` in this pass has been enqueued. Returns (drops, loads).
 
+        The units that are missing come in order of use, as far as they fit. A held unit makes room for one only if it has
+        been used, and is used again later than that one; and nothing is dropped unless a load takes its place.
+
         Args:
             last: no further pass is expected: units before this one are not needed again.
         """
         n, at = len(self.order), self._index[unit]
+        self._at = at + 1 if last else (at + 1) % n
+        if unit in self.held:
+            self._used.pop(unit, None)
+            self._used[unit] = None
+        start = (at + 1) % n
+        self._run = max(0, self._run - (start - self._from) % n)
+        self._from = start
         drops: list[str] = []
         loads: list[str] = []
-        ahead = range(at + 1, n) if last else range(at + 1, at + n)
-        missing = [u for i in ahead if (u := self.order[i % n]) not in self.held]
-        if not missing:
-            return drops, loads
-        if unit in self.held:
-            drops.append(unit)
-            self.left(unit)
-        for other in missing:
-            if self.held_nbytes + self._nbytes[other] > self.limit_nbytes:
-                break
-            self.arrived(other)
-            loads.append(other)
+        ahead = n - 1 - at if last else n - 1
+        step = self._run
+        while step < ahead:
+            other = self.order[(start + step) % n]
+            late = step > 0 and other in self._share.late
+            if other not in self.held and not late:
+                victims = self._victims(step + 1, at, last, self.held_nbytes + self._nbytes[other] - self.limit_nbytes)
+                if victims is None:
+                    break
+                for victim in victims:
+                    drops.append(victim)
+                    self.left(victim)
+                self.arrived(other)
+                loads.append(other)
+            if self._run == step and not late:
+                self._run += 1
+            step += 1
         return drops, loads
+
+    def _victims(self, distance: int, at: int, last: bool, nbytes: int) -> list[str] | None:
+        """Used units of `nbytes` whose next use is more than `distance` units behind index `at`; None: not that many."""
+        found: list[str] = []
+        for unit in reversed(self._used):
+            if nbytes <= 0:
+                break
+            index = self._index[unit]
+            if not (last and index <= at) and ((index - at) % len(self.order) or len(self.order)) <= distance:
+                break
+            found.append(unit)
+            nbytes -= self._nbytes[unit]
+        return found if nbytes <= 0 else None
 
     def finished(self) -> bool:
         """In a last pass: nothing more is to be loaded."""
-        return all(u in self.held for u in self.order[self._at + 1 :])
+        return all(u in self.held for u in self.order[self._at :])
+
+    def stay(self, unit: str) -> None:
+        """`unit`, which is held, turned out to be read elsewhere, too: it stays from now on, and the window is smaller."""
+        if unit in self._index:
+            self.left(unit)
+            self.limit_nbytes -= self._nbytes[unit]
+            self._at -= self._index[unit] < self._at
+            self.order = tuple(u for u in self.order if u != unit)
+            self._index = {u: i for i, u in enumerate(self.order)}
+            self._from = self._run = 0

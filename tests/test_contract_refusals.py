@@ -169,22 +169,23 @@ def test_sharded_tensors_are_named(sim: Any) -> None:
     assert_untouched(pipe)
 
 
-def test_a_budget_below_the_largest_component_names_it_and_what_it_takes(sim: Any) -> None:
+def test_a_budget_that_cannot_hold_one_block_of_weights_names_what_it_takes(sim: Any) -> None:
     pipe, arguments = spoiled("small budget")
+    arguments |= {"unit_min": 4 << 10, "unit_max": 64 << 10}
     with pytest.raises(
-        BudgetError, match=r"budget=1000 bytes .* cannot hold (\w+), whose weights take (\d+) bytes"
+        BudgetError, match=r"budget=1000 bytes .* is too small for (\w+): streamed .* take (\d+) bytes"
     ) as caught:
         prefetch_offload.enable(pipe, **arguments)
     assert_untouched(pipe)
     words = str(caught.value).split()
-    name, nbytes = words[words.index("hold") + 1].rstrip(","), int(words[words.index("take") + 1])
+    name, nbytes = words[words.index("for") + 1].rstrip(":"), int(words[words.index("take") + 1])
     sizes = {n: sum(t.nbytes for t in {*m.parameters(), *m.buffers()}) for n, m in parts(pipe).items()}
-    assert (name, nbytes) == max(sizes.items(), key=lambda item: item[1])
+    assert 0 < nbytes < sizes[name], "a part of it is enough"
     arguments["budget"] = nbytes - 1
     assert isinstance(refusal(prefetch_offload.enable, pipe, **arguments), BudgetError)
-    arguments["budget"] = nbytes  # the least that is accepted runs, too
-    with prefetch_offload.enable(pipe, **arguments):
-        assert_right("flux", pipe)
+    arguments["budget"] = nbytes  # accepted: what else a call needs shows when it runs
+    prefetch_offload.enable(pipe, **arguments).disable()
+    assert not hooked(pipe)
 
 
 @pytest.mark.parametrize("device", ["cpu", torch.device("cpu"), "cpu:0"])

@@ -118,7 +118,7 @@ def test_upcast_vae_in_fp16(sim: Any, enable: Any) -> None:
     assert offload.stats.pinned_nbytes == pinned, "slabs are kept over the cast and back"
 
 
-@pytest.mark.parametrize("budget", [None, "stock", 6 << 20])
+@pytest.mark.parametrize("budget", [None, "stock", 12 << 20])
 @pytest.mark.parametrize("name", ["sdxl-img2img", "sdxl-inpaint"])
 def test_upcast_vae_that_encodes_first(name: str, budget: Any, sim: Any, enable: Any) -> None:
     """The VAE is cast while it is on the device, and later that memory is wanted for something else."""

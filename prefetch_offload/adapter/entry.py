@@ -36,6 +36,7 @@ class _EntryPoint:
         if module is None:
             return self.base
         target = module.__dict__.get(self.name)
+        replaced = target is not None  # most likely compiled
         if target is None:
             target = self.base.__get__(module, owner)
 
@@ -45,7 +46,7 @@ class _EntryPoint:
             hook = None if torch.compiler.is_compiling() else _hook_of(module)
             if hook is None:
                 return target(*args, **kwargs)
-            return hook.run(module, target, args, kwargs)
+            return hook.run(module, target, args, kwargs, replaced)
 
         return entered
 
@@ -84,17 +85,16 @@ def _make(base: Any) -> type:
         hook = _hook_of(inner)
         if hook is None:
             return base.__call__(self, *args, **kwargs)
-        return hook.run(inner, functools.partial(base.__call__, self), args, kwargs)
+        return hook.run(inner, functools.partial(base.__call__, self), args, kwargs, inner is not self)
 
     @functools.wraps(base.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return base.forward(self, *args, **kwargs)
         hook = _hook_of(self)
-        # Within __call__ this is the second entry and returns at once; a direct .forward() enters here.
-        if hook is not None:
-            args, kwargs = hook.pre_forward(self, *args, **kwargs)
-        return base.forward(self, *args, **kwargs)
+        if hook is None:
+            return base.forward(self, *args, **kwargs)
+        return hook.run(self, functools.partial(base.forward, self), args, kwargs)
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
         """Pickled, the module is what it was before."""

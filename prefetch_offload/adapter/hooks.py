@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -36,6 +37,16 @@ class Session:
         """Components run on `device`. Raises SettingError if its engine is in use with other settings."""
         self._engine = engine_for(device, self.settings)
         self._engine.clients.add(self.client)
+
+
+def _through(component: Component, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """One pass of a component that is ready."""
+    stream = component.stream
+    if stream is None:
+        return call(*args, **kwargs)
+    result = stream.watched(call, args, kwargs)
+    stream.end_pass()
+    return result
 
 
 def shape_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> object:
@@ -90,6 +101,11 @@ class CpuOffload(accelerate.hooks.CpuOffload):
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Make the module's weights ready on the current stream, and move the inputs as stock does. Idempotent."""
+        return self._enter(module, args, kwargs, called=False)
+
+    def _enter(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], called: bool, whole: bool = False
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if torch.compiler.is_compiling():
             return args, kwargs
         component = self.component
@@ -100,11 +116,11 @@ class CpuOffload(accelerate.hooks.CpuOffload):
             component = self.component
         assert component is not None and self.session is not None
         engine = self.session.engine
-        if engine.is_current(component):
+        if engine.is_current(component) and not (whole and component.stream is not None):
             return args, kwargs
         previous = getattr(self.prev_module_hook, "hook", None)
         previous = previous.component if isinstance(previous, CpuOffload) else None
-        engine.enter(component, shape_of(module, args, kwargs), previous)
+        engine.enter(component, shape_of(module, args, kwargs), previous, called, whole)
         device = self.execution_device
         return send_to_device(args, device), send_to_device(kwargs, device)
 
@@ -124,12 +140,35 @@ class CpuOffload(accelerate.hooks.CpuOffload):
         return module
 
     # ------------------------------------------------------------- what we call
-    def run(self, module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """`call` between entry and return. Out of memory: once more, alone, with the device's generator as it was."""
-        args, kwargs = self.pre_forward(module, *args, **kwargs)
-        component, session = self.component, self.session
-        if component is None or session is None:
+    def run(
+        self,
+        module: nn.Module,
+        call: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        whole: bool = False,
+    ) -> Any:
+        """`call` between entry and return. Out of memory: once more, alone, with the device's generator as it was.
+
+        Args:
+            whole: `call` is compiled code around all of the module.
+
+        While units come and go, one thread at a time runs a component: there is one window.
+        """
+        component, thread = self.component, threading.get_ident()
+        if component is not None and component.streaming and thread not in component.threads:
+            with component.turn:
+                return self._run(module, call, args, kwargs, whole)
+        return self._run(module, call, args, kwargs, whole)
+
+    def _run(
+        self, module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], whole: bool
+    ) -> Any:
+        args, kwargs = self._enter(module, args, kwargs, called=True, whole=whole)
+        component, session, thread = self.component, self.session, threading.get_ident()
+        if component is None or session is None or thread in component.threads:  # the latter: forward, within its __call__
             return call(*args, **kwargs)
+        session.engine.pass_begins(component)
         lanes = session.engine.lanes
         if torch.is_grad_enabled():
             session.engine.keep_memory(component)
@@ -137,9 +176,10 @@ class CpuOffload(accelerate.hooks.CpuOffload):
         versions = [t._version for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)] if retry else []
         state = lanes.generator_state() if retry else None
         component.running += 1
+        component.threads.add(thread)
         try:
             try:
-                return call(*args, **kwargs)
+                return _through(component, call, args, kwargs)
             except RuntimeError as error:
                 if not retry or not is_out_of_memory(error):
                     raise
@@ -148,8 +188,9 @@ class CpuOffload(accelerate.hooks.CpuOffload):
             # Out of the handler, so that the failed forward's frames and their tensors are gone.
             session.engine.out_of_memory(component)
             lanes.set_generator_state(state)
-            return call(*args, **kwargs)
+            return _through(component, call, args, kwargs)
         finally:
+            component.threads.discard(thread)
             component.running -= 1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CpuOffload:

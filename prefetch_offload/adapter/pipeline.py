@@ -167,7 +167,7 @@ def _make(base: Any) -> type:
         offload = offload_of(self)
         if offload is None or not offload.active:
             return base.__call__(self, *args, **kwargs)
-        with offload.calling(*args, *kwargs.values()):
+        with offload.calling(args, kwargs):
             return base.__call__(self, *args, **kwargs)
 
     @functools.wraps(base.enable_model_cpu_offload)

@@ -1,0 +1,100 @@
+"""What no schedule of a call can beat: the link has to carry what memory cannot keep. Pure."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .simulator import ComponentLoad, Link, Workload
+
+# Windows longer than this many stretches are not looked at one by one; the one over the whole call always is.
+LONGEST_WINDOW = 48
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """Passes of one run with no boundary inside that matters: its first, those in between, or its last.
+
+    Attributes:
+        before_nbytes: the most that can be on the device at its beginning and still be there when it runs.
+    """
+
+    component: str
+    passes: int
+    before_nbytes: int
+
+
+def lower_bound_ms(workload: Workload, budget_nbytes: int, link: Link) -> float:
+    """A time that no call can beat, whatever the calls before it have left on the device.
+
+    A *window* is a stretch of the call between two moments. It takes at least its compute. It also takes at least the
+    time to copy the units that are read in it, less what can be on the device at its beginning; and whatever is read
+    after the last of them arrives comes on top. Windows that follow each other add up, so the bound is the longest path
+    over the moments between runs, and between the first, the middle and the last passes of each.
+    """
+    stretches = _stretches(workload, budget_nbytes)
+    tails = {name: _tail_ms(c, link) for name, c in workload.components.items()}
+    totals = {name: c.total_nbytes for name, c in workload.components.items()}
+    n = len(stretches)
+    longest = [0.0] * (n + 1)
+    for start in range(n - 1, -1, -1):
+        room = max(0, stretches[start].before_nbytes)
+        read: set[str] = set()
+        nbytes, largest, compute = 0, 1, 0.0
+        best = 0.0
+        for end in range(start, n if start == 0 else min(n, start + LONGEST_WINDOW)):
+            stretch = stretches[end]
+            c = workload.components[stretch.component]
+            inner = c.pass_ms * stretch.passes
+            crossing = 0.0
+            if stretch.component not in read:
+                read.add(stretch.component)
+                # the component's first pass ends as early as its copies allow; its other passes come on top
+                crossing = (nbytes - room) / link.gbps / 1e6 + tails[stretch.component] + inner - c.pass_ms
+                nbytes += totals[stretch.component]
+                largest = max(largest, max(c.nbytes.values(), default=1))
+            compute += inner
+            missing = nbytes - room
+            if missing > 0:
+                copies = math.ceil(missing / largest)
+                crossing = max(crossing, missing / link.gbps / 1e6 + copies * link.latency_ms)
+            elif crossing > 0 and nbytes <= room:
+                crossing = 0.0
+            took = max(compute, crossing)
+            if end == start and stretch.passes > 1:
+                # middle passes: each of them is a window of its own
+                again = max(0, c.total_nbytes - (budget_nbytes - c.activation_nbytes))
+                copies = math.ceil(again / largest)
+                took = max(took, stretch.passes * (again / link.gbps / 1e6 + copies * link.latency_ms))
+            best = max(best, took + longest[end + 1])
+        longest[start] = best
+    return longest[0]
+
+
+def _stretches(workload: Workload, budget_nbytes: int) -> list[_Stretch]:
+    caps = [budget_nbytes - workload.components[name].activation_nbytes for name, _ in workload.runs]
+    found: list[_Stretch] = []
+    for i, (name, passes) in enumerate(workload.runs):
+        if passes <= 0:
+            continue
+        found.append(_Stretch(name, 1, min(caps[i], caps[i - 1])))  # the first run comes after the last one
+        if passes > 2:
+            found.append(_Stretch(name, passes - 2, caps[i]))
+        if passes > 1:
+            found.append(_Stretch(name, 1, caps[i]))
+    return found
+
+
+def _tail_ms(component: ComponentLoad, link: Link) -> float:
+    """From the first copy of a component to the end of a pass, were nothing of it on the device and the link its own.
+
+    For each unit: the copies of all up to it, then the compute from it on.
+    """
+    if not component.streamable:
+        return component.total_nbytes / link.gbps / 1e6 + component.pass_ms
+    copied, rest, found = 0.0, component.pass_ms, 0.0
+    for unit in component.units:
+        copied += component.nbytes[unit] / link.gbps / 1e6
+        found = max(found, copied + rest)
+        rest -= component.compute_ms.get(unit, 0.0)
+    return found

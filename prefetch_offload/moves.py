@@ -1,0 +1,289 @@
+"""What has to be where while a component runs: shares, plans, windows, and what happens when memory runs out."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+import threading
+
+import torch
+
+from .component import Component
+from .config import GIB, MIB, Settings
+from .device import OUT_OF_MEMORY
+from .errors import BudgetError
+from .holdings import Client, Holdings
+from .planner import EntryPlan, lasting, plan_entry
+from .residency import Dropped, Entered, Instruction, Load, Needed, Prefetched, State
+from .streaming import Stream
+from .window import Share, Window, share_of
+
+
+class Moves(Holdings):
+    """Makes components ready. `Engine` says when."""
+
+    def __init__(self, device: torch.device, settings: Settings) -> None:
+        super().__init__(device, settings)
+        self._calls: dict[int, list[Client]] = {}  # by thread
+
+    def _cap(self, component: Component, client: Client) -> int:
+        """Device bytes for weights while `component` runs."""
+        least = component.smallest_nbytes
+        shape, budget = client.shapes[component.key], client.memory.budget
+        smallest = least + (client.memory.set_aside(shape) if client.memory.knows(shape) else 0)
+        if isinstance(budget, int) and smallest > budget:
+            how = "even when they are streamed block by block" if component.streamable else "which cannot be streamed"
+            if component.whole:
+                how += ": it is compiled as one graph. Compile its blocks instead (`compile_repeated_blocks()`)"
+            raise BudgetError(
+                f"budget={budget} bytes ({budget / GIB:.2f} GiB) is too small: with these inputs {component.name} needs "
+                f"{smallest} bytes ({smallest / GIB:.2f} GiB), {least} of them for weights, {how}. Give that much, or use "
+                "smaller inputs, tiling or slicing."
+            )
+        cap = client.memory.cap(shape, component.nbytes, client.available, least)
+        return cap if client.ceiling is None else max(least, min(cap, client.ceiling))
+
+    def _share(self, component: Component, client: Client, room: int) -> Share | None:
+        """What `component` may hold in `room` bytes; None: all of its units."""
+        planned = client.shares.get(component.key)
+        known = {u.key for u in component.units}
+        if planned is not None and planned.limit_nbytes <= room and planned.keep <= known:
+            return planned if len(planned.keep) < len(known) else None
+        if component.nbytes <= room or not component.streamable:
+            return None
+        nbytes = {u.key: u.nbytes for u in component.units}
+        room = max(room, component.least_nbytes)
+        once = component.least_nbytes - sum(nbytes[u] for u in component.must)
+        return share_of(component.order, nbytes, component.unit_ms, room, 2 * once, component.must)
+
+    def _client(self, component: Component) -> Client:
+        stack = self._calls.get(threading.get_ident())
+        if stack and component.key in stack[-1].components:
+            return stack[-1]
+        return component.client
+
+    def available(self, client: Client) -> int:
+        """Device bytes that weights could take if nothing ran: held now, plus free, less the reserve."""
+        reserve = self.settings.reserve
+        if reserve is None:
+            total = self.lanes.total_nbytes()
+            reserve = min(max(256 * MIB, total // 25), total // 10)
+        return max(0, self.residency.held_nbytes + self.lanes.free_nbytes() - reserve)
+
+    def _protected(self, component: Component | None) -> frozenset[str]:
+        """Units that a running component reads, here or in another thread."""
+        thread = threading.get_ident()
+        alive = {t.ident for t in threading.enumerate()}
+        for gone in [t for t in self.current if t not in alive]:
+            del self.current[gone]
+        others = {key for t, key in self.current.items() if t != thread}
+        busy = [c for c in self.live() if c is not component and (c.running or c.key in others)]
+        return frozenset(u.key for c in busy for u in c.units)
+
+    def _make_ready(self, component: Component, client: Client, cap: int) -> None:
+        protected = self._protected(component)
+        others = sum(self.units[u].nbytes for u in protected if u in self.transport.flights)
+        share = self._share(component, client, cap - others)
+        heads = dict(client.heads)
+        heads.pop(component.key, None)
+        if share is not None:
+            first = heads[component.key] = first_units(component, share)
+            cap -= share.limit_nbytes - sum(self.units[u].nbytes for u in first)  # its window will fill up
+        try:
+            prefetch = share is None or share.ahead
+            self._carry_out(component, client, self._plan(component, client, cap, protected, heads, prefetch))
+        except OUT_OF_MEMORY:
+            self.recorder.count("ladder")
+            client.memory.ran_out(client.shapes[component.key])
+            self._drop_all_but(component, protected)
+            plan = EntryPlan(loads=heads.get(component.key) if component.streamable else None)
+            try:
+                self._carry_out(component, client, plan)
+            except OUT_OF_MEMORY as error:
+                raise torch.OutOfMemoryError(f"{error}\n{self._why(component)}") from error
+        self._watch_over(component, client, share)
+
+    def _plan(
+        self,
+        component: Component,
+        client: Client,
+        cap: int,
+        protected: frozenset[str],
+        heads: dict[str, tuple[str, ...]],
+        prefetch: bool,
+    ) -> EntryPlan:
+        plan = plan_entry(
+            self.residency.view(),
+            component.key,
+            cap,
+            client.order.upcoming(),
+            protected,
+            prefetch and client.settings.prefetch,
+            heads,
+            lazily=component.streamable,
+        )
+        return self._lasting(client, plan, cap)
+
+    def _lasting(self, client: Client, plan: EntryPlan, cap: int) -> EntryPlan:
+        """`plan` without what would have to leave again before it is used."""
+        if not plan.prefetches:
+            return plan
+        nbytes = {key: unit.nbytes for key, unit in self.units.items()}
+        owner = {key: name for key, (name, _) in self.recorder.owner.items()}
+        rooms = functools.partial(self._room_beside, client)
+        return lasting(plan, self.residency.held(), cap, nbytes, owner, client.order.upcoming(), rooms)
+
+    def _room_beside(self, client: Client, key: str) -> int:
+        """Bytes that others may hold while the component `key` of `client` runs; no limit where it was not measured."""
+        component, shape = client.components.get(key), client.shapes.get(key)
+        if component is None or not client.memory.knows(shape):
+            return sys.maxsize
+        share = client.shares.get(key)
+        own = component.nbytes if share is None else share.limit_nbytes
+        return client.memory.cap(shape, component.nbytes, client.available or self.available(client), 0) - own
+
+    def _drop_all_but(self, component: Component, protected: frozenset[str]) -> None:
+        own = {u.key for u in component.units}
+        self._drop([u for u in self.residency.held() if u not in own and u not in protected])
+        self.lanes.empty_cache()
+
+    def _watch_over(self, component: Component, client: Client, share: Share | None) -> None:
+        """Await units one by one from here on, if any is missing; what the component reads itself is awaited now."""
+        if component.stream is not None:
+            component.stream.close()
+            component.stream = None
+        if not component.streamable:
+            return
+        component.streaming = share is not None
+        if share is None and self.residency.is_ready(component.key):
+            return
+        if component.must:
+            self.await_units(component, tuple(u for u in component.order if u in component.must))
+        component.stream = Stream(self, client, component, share)
+        component.stream.open()
+
+    def _why(self, component: Component) -> str:
+        return (
+            f"prefetch_offload: {component.name} needs {component.nbytes / MIB:.1f} MiB for its weights. Everything else of "
+            f"this device's pipelines has been dropped ({self.residency.held_nbytes / MIB:.1f} MiB are held), and "
+            f"{self.lanes.free_nbytes() / MIB:.1f} MiB are free."
+        )
+
+    def _carry_out(self, component: Component, client: Client, plan: EntryPlan) -> None:
+        own = [u for u in plan.drops if component.bound and self.recorder.owner[u][0] == component.key]
+        self.stream_out(component, own)
+        others = tuple(u for u in plan.drops if u not in own)
+        plan = dataclasses.replace(plan, drops=self._unbind_readers(others))
+        instructions = self.residency.handle(Entered(component.key, plan))
+        ahead = set(plan.prefetches)
+        needed = [i for i in instructions if not (isinstance(i, Load) and i.unit in ahead)]
+        later = [i for i in instructions if isinstance(i, Load) and i.unit in ahead]
+        missing = sum(isinstance(i, Load) for i in needed)
+        wanted = len(component.units) if plan.loads is None else len(self.residency.held(component.key))
+        self.recorder.met(component.key, wanted - missing, missing)
+        with self.recorder.stall(component.key, component.name, needed):
+            self._run(needed, later)
+            for unit in component.units:
+                if self.residency.state(unit.key) is State.READY:
+                    self.transport.wait(unit)  # for a stream that has not waited for it yet
+        self._run_ahead(client, later)
+
+    def _run_ahead(self, client: Client, instructions: list[Instruction], streamed: bool = False) -> None:
+        try:
+            self._run(instructions, [], ahead=True, streamed=streamed)
+        except OUT_OF_MEMORY:
+            self.recorder.count("prefetch refused")
+            client.ceiling = self.residency.held_nbytes  # asking again would be refused again
+
+    def reorder(self, component: Component) -> None:
+        """The order in which `component` uses its units was learned."""
+        with self._changing():
+            self._register(component)
+
+    def stream_out(self, component: Component, units: list[str]) -> None:
+        """Units of a bound component leave the device; its modules go on showing what they show."""
+        if not units:
+            return
+        if component.stream is not None:
+            component.stream.guard(units)
+        for unit in units:
+            component.leave(self.units[unit], kept=self.transport.flights[unit].kept)
+        for instruction in self.residency.handle(Dropped(tuple(units))):
+            self.transport.drop(self.units[instruction.unit])
+
+    def stream_in(self, client: Client, units: list[str]) -> list[str]:
+        """Copy units in ahead of use. Returns those that the device had no room for."""
+        self._run_ahead(client, self.residency.handle(Prefetched(EntryPlan((), tuple(units)))), streamed=True)
+        return [u for u in units if self.residency.state(u) is State.HOST]
+
+    def await_units(self, component: Component, units: tuple[str, ...]) -> None:
+        """Units are about to be read: load what is missing, and let the caller's stream wait."""
+        try:
+            self._await(component, units)
+        except OUT_OF_MEMORY:
+            self.recorder.count("ladder")
+            client = self._client(component)
+            client.memory.ran_out(client.shapes[component.key])
+            self._drop_all_but(component, self._protected(component) | frozenset(units))
+            self._await(component, units)
+
+    def settle(self, component: Component) -> None:
+        """Await all units of `component` that are there or on their way; if that is all there are, nothing is left to do in
+        its calls."""
+        with self._changing():
+            units = tuple(u for u in component.order if self.residency.state(u) is State.LOADING)
+            if units:
+                self._await(component, units)
+            stream = component.stream
+            if stream is not None and stream.window is None and self.residency.is_ready(component.key):
+                stream.close()
+                component.stream = None
+
+    def _await(self, component: Component, units: tuple[str, ...]) -> None:
+        instructions = self.residency.handle(Needed(units))
+        with self.recorder.stall(component.key, component.name, instructions):
+            self._run(instructions, [], streamed=True)
+
+    def make_room(self, client: Client, component: Component, cap: int) -> None:
+        """Drop units of others until no more than `cap` bytes are held. `component` is running."""
+        protected = self._protected(component) | {u.key for u in component.units}
+        plan = plan_entry(self.residency.view(), None, cap, client.order.upcoming(), protected, False, client.heads)
+        self._drop(list(self._unbind_readers(plan.drops)))
+
+    def prefetch_others(self, client: Client, component: Component, unread: frozenset[str]) -> None:
+        """`component` needs no more of the link: what comes after it may have it, and the room of what it has read."""
+        with self._changing():
+            protected = self._protected(component) | unread | component.must
+            cap = self._cap(component, client)
+            plan = plan_entry(
+                self.residency.view(),
+                None,
+                cap,
+                client.order.upcoming(),
+                protected,
+                client.settings.prefetch,
+                client.heads,
+            )
+            plan = self._lasting(client, plan, cap)
+            own = [u for u in plan.drops if self.recorder.owner[u][0] == component.key]
+            others = tuple(u for u in plan.drops if u not in own)
+            self.stream_out(component, own)
+            if component.stream is not None:
+                component.stream.resync()
+            plan = dataclasses.replace(plan, drops=self._unbind_readers(others))
+            self._run_ahead(client, self.residency.handle(Prefetched(plan)))
+
+
+def head_units(component: Component, share: Share) -> tuple[str, ...]:
+    """The units of `component` to hold before it begins, in order of use."""
+    nbytes = {u.key: u.nbytes for u in component.units}
+    chosen = {*Window(component.order, nbytes, share).head(), *share.keep}
+    return tuple(u for u in component.order if u in chosen)
+
+
+def first_units(component: Component, share: Share) -> tuple[str, ...]:
+    """The units of `component` to hold or load when it begins, in order of use."""
+    nbytes = {u.key: u.nbytes for u in component.units}
+    chosen = {*Window(component.order, nbytes, share).first(), *share.keep}
+    return tuple(u for u in component.order if u in chosen)

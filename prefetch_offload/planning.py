@@ -1,0 +1,131 @@
+"""From what a pipeline's calls were measured to do, to the plan of the next one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .component import Component
+from .errors import BudgetError
+from .simulator import ComponentLoad, Link, Workload
+from .strategy import CallPlan, plan_call
+
+if TYPE_CHECKING:
+    from .engine import Engine
+    from .holdings import Client
+
+# A link as fast as this has not been measured yet: PCIe 4.0 x16, pinned (benchmarks of the field: 24.8 GB/s).
+ASSUMED_GBPS = 24.8
+# Planning anew costs milliseconds: only when compute changed by more than measurements jitter.
+_COMPUTE_CHANGE = 1.25
+
+
+def measure(engine: Engine, client: Client) -> None:
+    """Take over what the device has measured by now: times of units and of passes, and the link."""
+    for component in client.components.values():
+        component.time_units()
+    for key, ms in engine.recorder.run_ms().items():
+        component = client.components.get(key)  # type: ignore[assignment]
+        if component is not None:
+            component.pass_ms = ms
+    gbps = engine.recorder.link_gbps()
+    if gbps is not None:
+        engine.link = Link(gbps)
+
+
+def load_of(component: Component, activation_nbytes: int) -> ComponentLoad:
+    """The component as a planner sees it: the units' measured shares of the time that a pass takes."""
+    nbytes = {u.key: u.nbytes for u in component.units}
+    measured = sum(component.unit_ms.values())
+    if measured > 0:
+        scale = (component.pass_ms or measured) / measured
+        compute = {u: component.unit_ms.get(u, 0.0) * scale for u in component.order}
+    else:
+        total = sum(nbytes.values()) or 1
+        compute = {u: component.pass_ms * nbytes[u] / total for u in component.order}
+    return ComponentLoad(
+        units=component.order,
+        nbytes=nbytes,
+        compute_ms=compute,
+        activation_nbytes=activation_nbytes,
+        must=component.must,
+        streamable=component.streamable,
+    )
+
+
+def workload_of(client: Client) -> Workload | None:
+    """The call that is expected next; None while there is none that has been measured."""
+    order = client.order
+    if not order.passes:
+        return None
+    loads: dict[str, ComponentLoad] = {}
+    for key in dict.fromkeys(order.expected):
+        component, shape = client.components.get(key), client.shapes.get(key)
+        if component is None or not component.units or not client.memory.knows(shape):
+            return None
+        loads[key] = load_of(component, set_aside(client, shape))
+    runs = tuple((key, order.scaled(i)) for i, key in enumerate(order.expected))
+    return Workload(loads, runs)
+
+
+def set_aside(client: Client, shape: object) -> int:
+    """Device bytes to leave to everything but weights while `shape` runs."""
+    memory = client.memory
+    return memory.set_aside(shape) if isinstance(memory.budget, int) else memory.activations[shape]
+
+
+def budget_of(engine: Engine, client: Client) -> int | None:
+    """Device bytes for weights and activations; None: not known yet."""
+    budget = client.memory.budget
+    if budget == "stock":
+        return client.memory.stock_floor()
+    return budget if isinstance(budget, int) else engine.available(client)
+
+
+def replan(engine: Engine, client: Client) -> None:
+    """Plan the call that begins, if it is not the one that was planned for.
+
+    Sets the client's `plan`, `shares`, `heads` and `planned_because`.
+    """
+    measure(engine, client)
+    workload, budget = workload_of(client), budget_of(engine, client)
+    if workload is None or budget is None:
+        return
+    if client.memory.alone or client.memory.tight:
+        budget = min(budget, engine.available(client))  # the device has less than it said
+    why = _difference(client.plan, workload, budget)
+    if not why:
+        return
+    client.planned_because = why
+    try:
+        client.plan = plan_call(workload, budget, engine.link, client.settings.strategy)
+    except BudgetError:
+        client.plan = None  # the component that does not fit says so when it is entered
+    engine.adopt_plan(client)
+
+
+def _difference(plan: CallPlan | None, workload: Workload, budget: int) -> str:
+    """What a plan was not made for; empty: nothing."""
+    if plan is None:
+        return "first plan"
+    before, now = plan.workload.components, workload.components
+    if [n for n, _ in plan.workload.runs] != [n for n, _ in workload.runs]:
+        return "another order of components"
+    if {n: c.nbytes for n, c in before.items()} != {n: c.nbytes for n, c in now.items()}:
+        return "other weights"
+    if plan.workload.runs != workload.runs:
+        passes = zip(plan.workload.runs, workload.runs, strict=True)
+        return "other numbers of passes: " + ", ".join(f"{was} -> {p}" for (_, was), (_, p) in passes if was != p)
+    if any(not _near(before[n].activation_nbytes, now[n].activation_nbytes, 1.05) for n in now):
+        return "other activation memory"
+    if not _near(plan.budget_nbytes, budget, 1.02):
+        return f"another budget: {plan.budget_nbytes} -> {budget} bytes"
+    if not all(before[n].units == now[n].units and before[n].must == now[n].must for n in now):
+        return "another order of units"
+    if not _near(plan.workload.compute_ms, workload.compute_ms, _COMPUTE_CHANGE):
+        return f"compute takes {workload.compute_ms:.0f} ms instead of {plan.workload.compute_ms:.0f}"
+    return ""
+
+
+def _near(a: float, b: float, ratio: float) -> bool:
+    return max(a, b) <= ratio * min(a, b) or a == b
+

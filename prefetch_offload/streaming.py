@@ -1,0 +1,252 @@
+"""A component whose units arrive while it runs: each is awaited when it is first read, and those that do not stay pass
+through a window, ahead of use, in every pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .component import Component
+from .masters import Unit
+from .points import Point, is_traced
+from .residency import State
+from .window import Share, Window
+
+if TYPE_CHECKING:
+    from .engine import Engine
+    from .holdings import Client
+
+
+class Stream:
+    """Told of the calls of a running component's points, it moves units. It ends when nothing more is to be awaited.
+
+    Attributes:
+        share: what the component may hold; None: all of it, and only its first pass is awaited unit by unit.
+        window: the units that do not stay; None as above.
+        passes: how many have begun.
+        least_held_nbytes: the least that all units of the device took while it ran.
+    """
+
+    def __init__(self, engine: Engine, client: Client, component: Component, share: Share | None) -> None:
+        self.engine, self.client, self.component, self.share = engine, client, component, share
+        self.units: Mapping[str, Unit] = {u.key: u for u in component.units}
+        self.window: Window | None = None
+        nbytes = {u.key: u.nbytes for u in component.units}
+        if share is not None:
+            self.window = Window(component.order, nbytes, share)
+        self.passes = 0
+        self.least_held_nbytes = engine.residency.held_nbytes
+        self._last = False
+        self._turned = -1
+        self._place = {key: i for i, key in enumerate(component.order)}
+        self._readers: dict[str, list[Point]] = {}
+        for point in component.points:
+            for unit in point.units:
+                self._readers.setdefault(unit, []).append(point)
+        self._cap = engine._cap(component, client)
+        self._final: dict[str, Point] = {}  # of each unit, the point that is its last reader in a pass
+        self._visited: list[Point] = []
+        self._marks: list[tuple[Point, torch.Event, torch.Event]] = []  # arrived at, and went on from
+        self._read: set[str] = set()  # units whose last reader in this pass has been called
+        self._measuring = False
+        self._watch: Watch | None = None
+
+    # ---------------------------------------------------------------- lifetime
+    def open(self) -> None:
+        """Stand before the points."""
+        visits = self.component.visits
+        for point in sorted(self.component.points, key=lambda p: visits.get(p.number, -1) if visits else p.number):
+            for unit in point.units:
+                self._final[unit] = point
+        for point in self.component.points:
+            point.install(self)
+        if self.window is not None:
+            for unit in self.window.order:
+                if self.engine.residency.state(unit) is not State.HOST:
+                    self.window.arrived(unit)
+
+    def close(self) -> None:
+        """Stand aside: from now on nothing is awaited inside."""
+        for point in self.component.points:
+            point.remove()
+
+    def guard(self, units: Iterable[str]) -> None:
+        """These units are about to go: whoever reads them waits for them again."""
+        for unit in units:
+            for point in self._readers.get(unit, ()):
+                point.install(self)
+
+    @property
+    def spent(self) -> bool:
+        """The pass that was thought to be the last has begun: there is no plan for another."""
+        return self._last
+
+    def begin_pass(self, last: bool) -> None:
+        """The component is called again; `last`: no further call of it is expected."""
+        self.passes += 1
+        self._last = last
+        self._turned = -1
+        self._measuring = self.passes == 1
+        self._visited.clear()
+        self._marks.clear()
+        self._read.clear()
+        if last and self.window is not None:
+            self.guard(self.units)  # every unit that has been read may make room for the next component's
+
+    def end_pass(self) -> None:
+        """The call returned. The first one taught in which order units are used."""
+        if self._measuring:
+            self._measuring = False
+            self._learn()
+        if self.window is None:
+            self.engine.settle(self.component)  # also what this pass did not read: programs may
+
+    def watched(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The pass itself; the first one in which units may be missing is searched for reads outside of points."""
+        component = self.component
+        if self.window is None or component.watched or any(is_traced(m) for m in component.module.modules()):
+            return call(*args, **kwargs)
+        try:
+            with Watch(self) as self._watch:
+                result = call(*args, **kwargs)
+        finally:
+            self._watch = None
+        component.watched = True
+        return result
+
+    # ------------------------------------------------------------------ points
+    def before(self, point: Point) -> None:
+        """`point` is about to be called: its units have to be there."""
+        engine, window = self.engine, self.window
+        arrived = engine.lanes.record(engine.lanes.compute()) if self._measuring else None
+        state = engine.residency.state
+        if any(state(unit) is not State.READY for unit in point.units):
+            with engine._changing():
+                self._fetch(point.units)
+        self.least_held_nbytes = min(self.least_held_nbytes, engine.residency.held_nbytes)
+        if window is not None and self._last and point.number == self.component.first_visit and self._read:
+            self._last = False  # round again within one call, as a tiled VAE's decoder goes
+        if arrived is not None:
+            self._visited.append(point)
+            self._marks.append((point, arrived, engine.lanes.record(engine.lanes.compute())))
+        elif window is None or not (self._last or any(map(window.streams, point.units))):
+            point.remove()  # it stays: nothing to await from now on
+
+    def _fetch(self, units: tuple[str, ...]) -> None:
+        engine, window = self.engine, self.window
+        missing = 0
+        if window is not None:
+            for unit in units:
+                if window.streams(unit):
+                    drops, loads = window.need(unit, frozenset(units))
+                    missing += len(loads)
+                    engine.stream_out(self.component, drops)
+                    self._make_room(loads)
+        gone = [u for u in units if engine.residency.state(u) is State.HOST and not (window and window.streams(u))]
+        if gone and self.passes:  # what stays has left in the last pass, and is called for again
+            missing += len(gone)
+            self._make_room(gone)
+        engine.recorder.met(self.component.key, len(units) - missing, missing)
+        engine.await_units(self.component, units)
+        if self._watch is not None:
+            self._watch.know([self.units[u] for u in units])
+
+    def after(self, point: Point) -> None:
+        """`point` has been called: a unit that it was the last to read in this pass may make room."""
+        window = self.window
+        if window is None:
+            return
+        for unit in point.units:
+            if self._final.get(unit) is not point:
+                continue
+            self._read.add(unit)
+            if window.streams(unit):
+                drops, loads = window.done(unit, self._last)
+                if drops or loads:
+                    with self.engine._changing():
+                        self.engine.stream_out(self.component, drops)
+                        self._load(loads)
+            if self._last and window.finished() and self._is_turn(unit):
+                self.engine.prefetch_others(self.client, self.component, frozenset(self.units) - self._read)
+
+    def _is_turn(self, unit: str) -> bool:
+        """Some sixteen times in a last pass, and at its last streamed unit, there is a look at what else to prefetch."""
+        assert self.window is not None
+        place = self._place[unit]
+        if place - self._turned < max(1, len(self._place) // 16) and (unit,) != self.window.order[-1:]:
+            return False
+        self._turned = place
+        return True
+
+    def _load(self, units: list[str]) -> None:
+        """Ahead of use, as far as units can travel by themselves and the device has room."""
+        window = self.window
+        assert window is not None
+        ahead = []
+        for unit in units:
+            if self.units[unit].prefetchable:
+                ahead.append(unit)
+            else:
+                window.left(unit)
+        self._make_room(ahead)
+        refused = self.engine.stream_in(self.client, ahead)
+        for unit in refused:
+            window.left(unit)
+
+    def _make_room(self, units: list[str]) -> None:
+        """Others may have come into the room of what had been read."""
+        nbytes = sum(self.units[u].nbytes for u in units)
+        if self.engine.residency.held_nbytes + nbytes > self._cap:
+            self.engine.make_room(self.client, self.component, self._cap - nbytes)
+
+    def found(self, unit: str) -> None:
+        """`unit` is read outside of its points: it has to stay while the component runs."""
+        self.component.must |= {unit}
+        with self.engine._changing():
+            self._fetch((unit,))
+            if self.window is not None:
+                self.window.stay(unit)
+
+    def resync(self) -> None:
+        """After a recovery: what is held is what the engine says."""
+        if self.window is not None:
+            for unit in self.window.order:
+                held = self.engine.residency.state(unit) is not State.HOST
+                (self.window.arrived if held else self.window.left)(unit)
+
+    # ---------------------------------------------------------------- learning
+    def _learn(self) -> None:
+        """Take the order of the pass as the order of use. Times follow when the device has come so far."""
+        now = self.engine.lanes.record(self.engine.lanes.compute())
+        self.component.learn([p.number for p in self._visited])
+        self.component.pending = [*self._marks, (None, now, now)]
+        self.engine.reorder(self.component)
+
+
+class Watch(TorchDispatchMode):
+    """While a component streams for the first time: a unit that is read outside of its points is noticed, and fetched."""
+
+    def __init__(self, stream: Stream) -> None:
+        super().__init__()
+        self._stream = stream
+        self._owner: dict[int, str] = {}
+        self.know(stream.component.units)
+
+    def know(self, units: Iterable[Unit]) -> None:
+        """These are the tensors that the units' readers see."""
+        for unit in units:
+            for master in unit.masters:
+                for tensor in (master.tensor, master.twin):
+                    self._owner[id(tensor)] = unit.key
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for value in (*args, *(kwargs or {}).values()):
+            for tensor in value if isinstance(value, tuple | list) else (value,):
+                unit = self._owner.get(id(tensor)) if isinstance(tensor, torch.Tensor) else None
+                if unit is not None and self._stream.engine.residency.state(unit) is not State.READY:
+                    self._stream.found(unit)
+        return func(*args, **(kwargs or {}))
+
