@@ -99,6 +99,8 @@ class Engine(Moves):
                 self._refresh(component, transient=client.calling > 0)
             if previous is not None and previous is not component and previous.bound and client.order.visits(component.key) < 2:
                 self._unbind(previous)  # not for ever: two networks that take turns in every step stay shown
+            if not client.calling and not client.entered:  # called by hand
+                self._take_baseline(client)
             component.retrace()
             component.whole = whole or id(component.module) in component.traced
             client.entered.add(component.key)
@@ -162,6 +164,11 @@ class Engine(Moves):
                 client.heads[key] = head_units(component, share)
 
     # ------------------------------------------------------------ measurement
+    def _take_baseline(self, client: Client) -> None:
+        """What else is on the device before anything of the client's has run is none of its doing."""
+        if not self.residency.held_nbytes or not client.memory.activations:
+            self.baseline = max(0, self.lanes.allocated_nbytes() - self.residency.held_nbytes)
+
     def _start_segment(self, thread: int, client: Client, component: Component, shape: object) -> None:
         if not client.memory.knows(shape):
             peak = self.lanes.peak_nbytes()
@@ -218,8 +225,7 @@ class Engine(Moves):
                 self._sampled.clear()
                 replan(self, client)
                 self.recorder.call_started(f"call {client.calls + 1}", client.number)
-                if not self.residency.held_nbytes or not client.memory.activations:
-                    self.baseline = max(0, self.lanes.allocated_nbytes() - self.residency.held_nbytes)
+                self._take_baseline(client)
                 for component in client.components.values():
                     if not component.bound:
                         self._refresh(component, sampled=False)  # sampled when it is entered

@@ -211,20 +211,24 @@ class SlabUnit(Unit):
         self._sample_index = torch.tensor(sorted(set(words)), dtype=torch.int64, device="cpu")
 
     def allocate(self, device: torch.device) -> None:
-        with torch.inference_mode(False):
-            if self.bytes is None:
+        if self.bytes is None:
+            with torch.inference_mode(False):
                 self.bytes = torch.empty(self.slab.nbytes, dtype=torch.uint8, device=device)
-            else:
-                self.bytes.untyped_storage().resize_(self.slab.nbytes)
-            base = self.bytes.data_ptr()
-            for master, offset in zip(self.masters, self._offsets, strict=True):
-                if master.twin is None:
-                    self.fresh = True
-                    # Like its home: the tensor may have changed since, which the component's next entry takes in.
-                    master.twin_data = self._view(master.home if master.home is not None else master.tensor, offset)
-                    master.twin = master.wrap(master.twin_data.detach())
-                    master.twin_version = master.twin._version
-                master.twin_ptr = base + offset
+        else:
+            self.bytes.untyped_storage().resize_(self.slab.nbytes)
+        base = self.bytes.data_ptr()
+        for master, offset in zip(self.masters, self._offsets, strict=True):
+            if master.twin is None:
+                self._make_twin(master, offset)
+            master.twin_ptr = base + offset
+
+    def _make_twin(self, master: Master, offset: int) -> None:
+        self.fresh = True
+        with torch.inference_mode(False):
+            # Like its home: the tensor may have changed since, which the component's next entry takes in.
+            master.twin_data = self._view(master.home if master.home is not None else master.tensor, offset)
+            master.twin = master.wrap(master.twin_data.detach())
+            master.twin_version = master.twin._version
 
     def _view(self, tensor: torch.Tensor, offset: int) -> torch.Tensor:
         assert self.bytes is not None

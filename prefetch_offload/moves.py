@@ -15,7 +15,7 @@ from .device import OUT_OF_MEMORY
 from .errors import BudgetError
 from .holdings import Client, Holdings
 from .planner import EntryPlan, lasting, plan_entry
-from .residency import Dropped, Entered, Instruction, Load, Needed, Prefetched, State
+from .residency import Await, Dropped, Entered, Instruction, Load, Needed, Prefetched, State
 from .streaming import Stream
 from .window import Share, Window, share_of
 
@@ -97,7 +97,9 @@ class Moves(Holdings):
             self.recorder.count("ladder")
             client.memory.ran_out(client.shapes[component.key])
             self._drop_all_but(component, protected)
-            plan = EntryPlan(loads=heads.get(component.key) if component.streamable else None)
+            head = heads.get(component.key) if component.streamable else None
+            state = self.residency.state  # some may have come before memory ran out
+            plan = EntryPlan(loads=tuple(u for u in head if state(u) is State.HOST) if head is not None else None)
             try:
                 self._carry_out(component, client, plan)
             except OUT_OF_MEMORY as error:
@@ -182,7 +184,7 @@ class Moves(Holdings):
         missing = sum(isinstance(i, Load) for i in needed)
         wanted = len(component.units) if plan.loads is None else len(self.residency.held(component.key))
         self.recorder.met(component.key, wanted - missing, missing)
-        with self.recorder.stall(component.key, component.name, needed):
+        with self.recorder.stall(component.key, component.name, self._waits(needed)):
             self._run(needed, later)
             for unit in component.units:
                 if self.residency.state(unit.key) is State.READY:
@@ -201,6 +203,14 @@ class Moves(Holdings):
         with self._changing():
             self._register(component)
 
+    def _waits(self, instructions: list[Instruction]) -> bool:
+        """Carrying them out makes compute wait for a copy: one that is still to be enqueued, or has not arrived."""
+        flights = self.transport.flights
+        return any(
+            isinstance(i, Await) and ((flight := flights.get(i.unit)) is None or not flight.ready.query())
+            for i in instructions
+        )
+
     def stream_out(self, component: Component, units: list[str]) -> None:
         """Units of a bound component leave the device; its modules go on showing what they show."""
         if not units:
@@ -214,6 +224,8 @@ class Moves(Holdings):
 
     def stream_in(self, client: Client, units: list[str]) -> list[str]:
         """Copy units in ahead of use. Returns those that the device had no room for."""
+        if not units:
+            return []
         self._run_ahead(client, self.residency.handle(Prefetched(EntryPlan((), tuple(units)))), streamed=True)
         return [u for u in units if self.residency.state(u) is State.HOST]
 
@@ -242,7 +254,7 @@ class Moves(Holdings):
 
     def _await(self, component: Component, units: tuple[str, ...]) -> None:
         instructions = self.residency.handle(Needed(units))
-        with self.recorder.stall(component.key, component.name, instructions):
+        with self.recorder.stall(component.key, component.name, self._waits(instructions)):
             self._run(instructions, [], streamed=True)
 
     def make_room(self, client: Client, component: Component, cap: int) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
 from .device import Lanes
-from .residency import Await, Instruction
 from .trace import Level, Span, Timeline
 
 if TYPE_CHECKING:
@@ -122,9 +121,13 @@ class Recorder:
         self._levels.append((flight.start, held_nbytes))
 
     @contextlib.contextmanager
-    def stall(self, key: str, name: str, instructions: Sequence[Instruction]) -> Iterator[None]:
-        """Around the waits before component `key` runs: the time compute waits for copies is exposed transfer."""
-        if not any(isinstance(i, Await) for i in instructions):
+    def stall(self, key: str, name: str, waits: bool) -> Iterator[None]:
+        """Around the waits before component `key` reads units: the time compute waits for copies is exposed transfer.
+
+        Args:
+            waits: there is something to wait for that has not happened already.
+        """
+        if not waits:
             yield
             return
         before = self._now()

@@ -74,7 +74,8 @@ class Transport:
         # Known before the copy is enqueued, so that an interrupt in between cannot lose it.
         flight = self.flights[unit.key] = Flight(unit, compute, start, start)
         try:
-            with torch.inference_mode(False), torch.no_grad(), lanes.copy:
+            # No graph comes of it: neither side requires gradients, and twins have version counters of their own.
+            with lanes.copy:
                 if unit.slab.pinned:
                     unit.bytes.copy_(unit.slab.bytes, non_blocking=True)
                     lanes.note("read", lanes.copy, _on_host(unit))

@@ -1,0 +1,94 @@
+"""Calls in several budgets on a slow link, on the simulated accelerator: measured beside predicted and the physical limit."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import time
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+import prefetch_offload
+from prefetch_offload.testing.pipelines import Case, scaled
+
+DEVICE = "simgpu"
+CASES = {
+    "sdxl": (scaled("sdxl", width=96, vae_width=8, text_width=128, text_layers=6), {"height": 16, "width": 16}),
+    "flux": (scaled("flux", width=192, layers=4, text_width=192, text_layers=8, vae_width=8), {}),
+}
+STEPS = 4
+OP_DELAY_US = 500  # compute takes its time without taking the processor's
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """Seconds of a call in a steady state; `same`: its image is the resident pipeline's, bit for bit."""
+
+    name: str
+    share: float
+    measured: float
+    predicted: float
+    bound: float
+    resident: float
+    peak_nbytes: int
+    budget_nbytes: int
+    same: bool
+
+
+def weight_nbytes(pipe: Any) -> int:
+    modules = [m for m in pipe.components.values() if isinstance(m, nn.Module)]
+    tensors = {id(t): t for m in modules for t in (*m.parameters(), *m.buffers())}
+    return sum(t.nbytes for t in tensors.values())
+
+
+def timed(case: Case, inputs: dict[str, Any], pipe: Any, sim: Any, seed: int) -> tuple[float, np.ndarray]:
+    gc.collect()
+    sim.drain()
+    start = time.perf_counter()
+    image = np.asarray(case.call(pipe, seed=seed, steps=STEPS, **inputs))
+    return time.perf_counter() - start, image
+
+
+def run(name: str, shares: tuple[float, ...], sim: Any, calls: int = 5) -> list[Outcome]:
+    """The link is set so that copying all weights takes as long as two denoising steps of a resident call."""
+    case, inputs = CASES[name]
+    sim.configure(1 << 50, 0, 0, 0)
+    sim.op_delay_us(OP_DELAY_US)
+    found = []
+    try:
+        pipe = case.build().to(DEVICE)
+        nbytes = weight_nbytes(pipe)
+        resident = [timed(case, inputs, pipe, sim, seed) for seed in range(calls)]
+        seconds = sorted(s for s, _ in resident[1:])[(calls - 1) // 2]
+        del pipe
+        gbps = nbytes / (2 * seconds / STEPS) / 1e9
+        sim.configure(1 << 50, gbps, gbps, gbps)
+        for share in shares:
+            pipe = case.build()
+            budget = int(share * nbytes)
+            offload = prefetch_offload.enable(pipe, device=DEVICE, budget=budget, unit_min=64 << 10, unit_max=512 << 10)
+            sim.reset()
+            ran = [timed(case, inputs, pipe, sim, seed) for seed in range(calls)]
+            plan = offload._session.client.plan
+            assert plan is not None
+            found.append(
+                Outcome(
+                    name=name,
+                    share=share,
+                    measured=sorted(s for s, _ in ran[2:])[(calls - 2) // 2],
+                    predicted=plan.prediction.call_ms / 1e3,
+                    bound=plan.bound_ms / 1e3,
+                    resident=seconds,
+                    peak_nbytes=int(sim.counters()["peak"]),
+                    budget_nbytes=budget,
+                    same=all(a.tobytes() == b.tobytes() for (_, a), (_, b) in zip(ran, resident, strict=True)),
+                )
+            )
+            offload.disable()
+            del pipe, offload
+    finally:
+        sim.op_delay_us(0)
+        sim.configure(1 << 50, 0, 0, 0)
+    return found
