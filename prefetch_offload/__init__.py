@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .api import enable, install, uninstall
     from .config import Settings
-    from .errors import BudgetError, OffloadError, OffloadWarning, SettingError, UnsupportedError
+    from .errors import BudgetError, OffloadError, OffloadWarning, RecompileError, SettingError, UnsupportedError
     from .handle import Offload
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Offload",
     "OffloadError",
     "OffloadWarning",
+    "RecompileError",
     "SettingError",
     "Settings",
     "UnsupportedError",
@@ -28,8 +29,8 @@ __all__ = [
 
 _HOME = {
     "enable": ".api", "install": ".api", "uninstall": ".api", "Offload": ".handle", "Settings": ".config",
-    "BudgetError": ".errors", "OffloadError": ".errors", "OffloadWarning": ".errors", "SettingError": ".errors",
-    "UnsupportedError": ".errors",
+    "BudgetError": ".errors", "OffloadError": ".errors", "OffloadWarning": ".errors",
+    "RecompileError": ".errors", "SettingError": ".errors", "UnsupportedError": ".errors",
 }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from .adapter import pipeline as adapter
 from .adapter.hooks import Session, unwrap
 from .adoption import check_tensors, smallest_nbytes
+from .captured import refuse
 from .config import GIB, Settings
 from .errors import BudgetError, SettingError, UnsupportedError
 from .handle import Offload
@@ -70,6 +71,8 @@ def apply(pipe: DiffusionPipeline, gpu_id: int | None, device: torch.device | st
     for name, module in pipe.components.items():
         if isinstance(module, nn.Module) and not adapter.is_sequential(module):
             check_tensors(name, module)
+        if name not in pipe._exclude_from_cpu_offload:
+            refuse(name, module)
     check_budget(pipe, settings)
     before = adapter.offload_of(pipe)
     base = adapter.base_class(pipe)

@@ -54,7 +54,8 @@ class CallOrder:
             self._current_passes[-1] += 1
 
     def passes_left(self) -> int | None:
-        """How many passes of the current component follow the one that has begun, by the last call; None: no telling.
+        """How many passes of the current component follow the one that has begun, by the last call; None: no telling,
+        or more have begun than were expected.
 
         A component that took many passes in a call of so many steps takes as many more as there are more steps now.
         """
@@ -62,7 +63,8 @@ class CallOrder:
             return None
         if self.expected[self._position] != self._current[-1]:
             return None
-        return max(0, self.scaled(self._position) - self._current_passes[-1])
+        left = self.scaled(self._position) - self._current_passes[-1]
+        return left if left >= 0 else None
 
     def scaled(self, run: int) -> int:
         """Passes expected of run number `run` in this call."""

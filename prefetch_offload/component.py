@@ -18,6 +18,7 @@ from .masters import CarriedUnit, Master, SlabUnit, Unit, modules_of, tensors_of
 from .points import Point, find_points, least_nbytes, traced
 
 if TYPE_CHECKING:
+    from .compiling import Compiled
     from .holdings import Client
     from .streaming import Stream
 
@@ -35,11 +36,11 @@ class Component:
         bound: its modules show twins.
         by_hand: it was bound outside of any call, or in one with a callback: a program may have written to what it saw.
         running: calls into it that have not returned.
-        streaming: units come and go while it is bound.
         stream: awaits its units one by one while it runs; None: all of them are there.
         threads: those that run it.
         turn: held by the thread that runs it while it streams.
-        points, must: see `find_points`.
+        points, must: see `find_points`; and units that were found to be read outside of points.
+        found: those.
         traced: identities of the modules below whose calls go through compiled code.
         whole: its last call went through compiled code that reads all of it, so that nothing can be awaited inside.
         least_nbytes: the fewest bytes of weights that it can run with: what stays, and what one point reads.
@@ -51,12 +52,14 @@ class Component:
         pending: what that pass recorded, until the device has come so far.
         watched: a streamed pass has been searched for reads outside of its points.
         absorbed_by: the larger component that it has become part of.
+        compiled: what was compiled while it ran; None: nothing was.
         d2h_nbytes: bytes written back because the device's copy had changed.
         stream_id: the stream it was last made ready for.
         client: the pipeline that it belongs to, the one enabled last if there are several.
     """
 
     client: Client
+    compiled: Compiled | None = None
     transient_residency = False  # leaves the device when its call ends
 
     def __init__(
@@ -84,12 +87,12 @@ class Component:
         self.stop_casting: Callable[[], None] = lambda: None
         self._flat: list[nn.Module] = []
         self._peft: list[nn.Module] = []
-        self.streaming = False
         self.stream: Stream | None = None
         self.turn = threading.RLock()
         self.threads: set[int] = set()
         self.points: list[Point] = []
         self.must: frozenset[str] = frozenset()
+        self.found: set[str] = set()
         self.traced: frozenset[int] = frozenset()
         self.whole = False
         self.least_nbytes = 0
@@ -197,16 +200,25 @@ class Component:
         """Find out where units are read. What was learned of the order holds while the units are the same."""
         self.traced = traced(self._modules)
         self.points, self.must = find_points(self.module, self.units)
+        self.must |= self.found & {u.key for u in self.units}
         self.least_nbytes = least_nbytes({u.key: u.nbytes for u in self.units}, self.points, self.must)
         keys = tuple(u.key for u in self.units)
         if set(keys) != set(self.order):
             self.order, self.visits, self.first_visit = keys, {}, -1
             self.unit_ms, self.pending, self.watched = {}, [], False
 
-    def retrace(self) -> None:
-        """Something below may have been compiled since, or is no longer."""
-        if traced(self._modules) != self.traced:
-            self._chart()
+    def stays(self, unit: str) -> None:
+        """`unit` was found to be read outside of its points."""
+        self.found.add(unit)
+        self.must |= {unit}
+        self.least_nbytes = least_nbytes({u.key: u.nbytes for u in self.units}, self.points, self.must)
+
+    def compiled_since(self) -> bool:
+        """Something below has been compiled since it was charted, or is no longer; it is charted anew."""
+        if traced(self._modules) == self.traced:
+            return False
+        self._chart()
+        return True
 
     @property
     def streamable(self) -> bool:
@@ -288,54 +300,60 @@ class Component:
         return found
 
     # ------------------------------------------------------------------- binding
-    def bind(self) -> None:
-        """Let the modules show the twins, as far as there are any: of units that were never loaded the masters stay."""
+    def bind(self, awaited: Callable[[Unit], bool] = lambda unit: True) -> None:
+        """Let the modules show the twins of units whose copy the caller's stream has waited for, and else the masters."""
         self.bound = True
-        for entries, key, master in self._slots:
-            twin = master.twin
-            if twin is None:
-                continue
-            if twin.requires_grad is not master.tensor.requires_grad:
-                twin.requires_grad_(master.tensor.requires_grad)
-            entries[key] = twin
         for unit in self.units:
-            unit.fresh = False
+            if awaited(unit):
+                self._show(unit)
         self._after_swap()
         self._merged = [(m, tuple(m.merged_adapters)) for m in self._peft]
 
     def show(self, unit: Unit) -> None:
-        """While bound: a unit was loaded whose twins are new."""
-        unit.fresh = False
+        """While bound: the caller's stream has waited for a unit's copy."""
+        self._show(unit)
+        if self._flat:
+            self._after_swap()
+
+    def _show(self, unit: Unit) -> None:
         for master in unit.masters:
             twin = master.twin
-            assert twin is not None
+            assert twin is not None, f"{self.key}: {master.name} has no twin"
             if twin.requires_grad is not master.tensor.requires_grad:
                 twin.requires_grad_(master.tensor.requires_grad)
+            master.shown = True
             for entries, key in master.slots:
                 if entries.get(key) is master.tensor:
                     entries[key] = twin
-        self._after_swap()
+        if unit.fresh:
+            unit.fresh = False
+            if self.compiled is not None:
+                self.compiled.check(unit.masters)
 
-    def leave(self, unit: Unit, kept: bool = False) -> None:
-        """While bound: a unit is about to leave the device. What was written to it there is written back first.
-
-        Args:
-            kept: its memory is left to others, and with it its twins.
-        """
+    def leave(self, unit: Unit) -> None:
+        """While bound: a unit is about to leave the device. Its masters are shown again: a program that reads them meets
+        the truth, not memory that is gone. What was written to it on the device is written back first."""
+        # Looking for writes without a mark makes the host wait: only where no pipeline call is in progress.
+        look = self.by_hand and not self.client.calling and isinstance(unit, SlabUnit) and unit.masters[0].shown
+        rewritten = unit.rewritten() if look and isinstance(unit, SlabUnit) else []
         # Once for every use of a streamed unit: twins are no inference tensors, so they have a version.
-        for master in [m for m in unit.masters if m.twin is not None and m.twin._version != m.twin_version]:
+        written = [m for m in unit.masters if m.twin is not None and m.twin._version != m.twin_version]
+        for master in {id(m): m for m in (*written, *rewritten)}.values():
             assert master.twin is not None
             with torch.inference_mode(False), torch.no_grad():
                 master.put(master.twin.detach())
             self.d2h_nbytes += master.twin.nbytes
             master.look()
             master.twin_version = master.twin._version
+        if written or rewritten:
             unit.sample()
-        if kept or not isinstance(unit, SlabUnit):  # its twins go with it
-            for master in unit.masters:
-                for entries, key in master.slots:
-                    if entries.get(key) is master.twin:
-                        entries[key] = master.tensor
+        for master in unit.masters:
+            master.shown = False
+            for entries, key in master.slots:
+                if entries.get(key) is master.twin:
+                    entries[key] = master.tensor
+        if self._flat:
+            self._after_swap()
 
     def _after_swap(self) -> None:
         for module in self._flat:  # an RNN keeps a second list of its weights
@@ -351,13 +369,13 @@ class Component:
             Units whose device copy no longer equals the master.
         """
         stale: list[Unit] = []
-        slabs = [u for u in self.units if isinstance(u, SlabUnit) and u.present and awaited(u)]
-        slabs = slabs if self.by_hand else []
+        slabs = [u for u in self.units if isinstance(u, SlabUnit) and u.present and awaited(u)] if self.by_hand else []
         rewritten = {id(m.twin) for unit in slabs for m in unit.rewritten()}
         if rewritten or not self.untouched():
             stale = self._take_over(rewritten)
         for entries, key, master in self._slots:
             entries[key] = master.tensor
+            master.shown = False
         self.bound = self.by_hand = False
         self._after_swap()
         return stale
@@ -367,9 +385,9 @@ class Component:
         """A glance at whether the modules still show twins: someone may have moved the module by hand."""
         for entries, key, master in (*self._slots[:1], *self._slots[-1:]):
             twin = entries.get(key)
-            if twin is not (master.twin if master.twin is not None else master.tensor):
+            if twin is not (master.twin if master.shown else master.tensor):
                 return bool(self.running)
-            if twin is master.twin and twin.data_ptr() != master.twin_ptr and not self.streaming:
+            if master.shown and twin is not None and twin.data_ptr() != master.twin_ptr:
                 return bool(self.running)
         return True
 
@@ -381,17 +399,14 @@ class Component:
         if any(tuple(m.merged_adapters) != before for m, before in self._merged):
             return False
         for entries, key, master in self._slots:
-            if entries.get(key) is not (master.twin if master.twin is not None else master.tensor):
+            if entries.get(key) is not (master.twin if master.shown else master.tensor):
                 return False
-        for unit in self.units:
-            present = unit.present  # the twins of an absent one point nowhere
-            for master in unit.masters:
-                twin = master.twin
-                if twin is None:
-                    if not self.streaming:
-                        return False
-                elif twin._version != master.twin_version or (present and twin.data_ptr() != master.twin_ptr):
-                    return False
+        for master in self._masters.values():
+            twin = master.twin
+            if master.shown and (
+                twin is None or twin._version != master.twin_version or twin.data_ptr() != master.twin_ptr
+            ):
+                return False
         return True
 
     def _take_over(self, rewritten: set[int]) -> list[Unit]:
@@ -403,8 +418,7 @@ class Component:
         merged = rewritten | {
             id(p) for m, before in self._merged if tuple(m.merged_adapters) != before for p in m.parameters()
         }
-        by_twin = {id(m.twin): m for m in self._masters.values() if m.twin is not None}
-        absent = {id(m) for u in self.units if not u.present for m in u.masters}  # `leave` has seen to them
+        by_twin = {id(m.twin): m for m in self._masters.values() if m.shown}
         done: dict[int, torch.Tensor] = {}
         moved_away: set[int] = set()
         written: set[int] = set()
@@ -414,8 +428,8 @@ class Component:
                 master = by_twin.get(id(shown))
                 if master is None:
                     master = self._masters.get(id(shown))
-                    if master is not None and master.twin is None:
-                        slots.append((entries, key, master))  # its unit was not needed
+                    if master is not None and not master.shown:
+                        slots.append((entries, key, master))  # its unit is not on the device, or was not read
                         continue
                     if shown.device == self.device:  # made or replaced while on the device
                         if id(shown) not in done:
@@ -426,8 +440,8 @@ class Component:
                 if id(shown) in done:
                     continue
                 done[id(shown)] = shown
-                moved = shown.data_ptr() != master.twin_ptr and id(master) not in absent
-                if moved or shown._version != master.twin_version or (id(shown) in merged and id(master) not in absent):
+                moved = shown.data_ptr() != master.twin_ptr
+                if moved or shown._version != master.twin_version or id(shown) in merged:
                     master.put(shown.detach())
                     self.d2h_nbytes += shown.nbytes
                     master.look()
@@ -451,6 +465,7 @@ class Component:
                 if master.tensor.data_ptr() != twin.data_ptr():
                     master.tensor.data = twin.data
                 entries[key] = master.tensor
+            master.shown = False
         self._after_swap()
         self.bound = False
 

@@ -73,6 +73,8 @@ class Settings:
         fingerprints: compare sampled bytes of each cached unit with its master at a component's first entry in a call,
             so that a write that leaves no other mark (``weight.data += delta``) is seen. About 1 ms per GB.
         strategy: how shares of the device are planned, a callable as in `prefetch_offload.strategy`; None: `balanced`.
+        strict_compile: a recompile or a graph break while a component runs is an error (`RecompileError`), raised once its call
+            has returned.
         verify: record every stream operation and check it for hazards (`Offload.hazards`). Slow; for tests.
     """
 
@@ -86,6 +88,7 @@ class Settings:
     staging: int = 64 * MIB
     fingerprints: bool = True
     strategy: Callable[..., Any] | None = None
+    strict_compile: bool = False
     verify: bool = False
 
     @classmethod

@@ -16,7 +16,7 @@ from .holdings import Client
 from .moves import Moves, head_units
 from .planner import plan_entry
 from .planning import ASSUMED_GBPS, replan
-from .residency import Prefetched
+from .residency import Prefetched, State
 from .simulator import Link
 from .trace import Timeline
 
@@ -56,10 +56,12 @@ class Engine(Moves):
     def is_current(self, component: Component) -> bool:
         """Nothing is to be done: the component was the last one entered here, and is shown on the device."""
         return (
-            component.bound
+            not self._dirty  # interrupted: the next change repairs
+            and component.bound
             and component.shown
             and self.current.get(threading.get_ident()) == component.key
             and torch.accelerator.current_stream(self.device).stream_id == component.stream_id
+            and component.key in self._client(component).entered
         )
 
     def enter(
@@ -97,11 +99,13 @@ class Engine(Moves):
                 self._unbind(component)  # moved or changed by hand since it was entered
             if not component.bound:
                 self._refresh(component, transient=client.calling > 0)
-            if previous is not None and previous is not component and previous.bound and client.order.visits(component.key) < 2:
+            leaves = previous is not None and previous is not component and previous.bound and not previous.running
+            if leaves and previous is not None and client.order.visits(component.key) < 2:
                 self._unbind(previous)  # not for ever: two networks that take turns in every step stay shown
             if not client.calling and not client.entered:  # called by hand
                 self._take_baseline(client)
-            component.retrace()
+            if component.compiled_since():
+                self._register(component)
             component.whole = whole or id(component.module) in component.traced
             client.entered.add(component.key)
             if switched:
@@ -114,7 +118,7 @@ class Engine(Moves):
                 client.available = self.available(client)
             self._make_ready(component, client, self._cap(component, client))
             if not component.bound:
-                component.bind()
+                component.bind(lambda unit: self.residency.state(unit.key) is State.READY)
                 component.by_hand = client.watched or not client.calling
             component.stream_id = self.lanes.compute().stream_id
             if not called:
@@ -132,15 +136,32 @@ class Engine(Moves):
         stream = component.stream
         if stream is None:
             return
+        if self.lanes.capturing():
+            raise OffloadError(
+                f"{component.name} is called while a CUDA graph is being captured, and its weights are moved while it runs. "
+                "Give it a budget in which it stays, or do not capture."
+            )
         with self._changing():
-            if stream.spent:  # one more than was expected: there is no plan for it
+            if component.compiled_since():  # points have gone into compiled code
+                stream.close()
+                component.stream = None
+                self._register(component)
+                component.whole = id(component.module) in component.traced
+                self._make_ready(component, client, self._cap(component, client))
+                stream = component.stream
+            elif stream.spent:  # one more than was expected: there is no plan for it
                 self._make_ready(component, client, self._cap(component, client))
                 stream = component.stream
             elif stream.window is None and self.residency.is_ready(component.key):
                 stream.close()
                 stream = component.stream = None
             if stream is not None:
+                stream.keeps = torch.is_grad_enabled()
                 stream.begin_pass(order.passes_left() == 0)
+
+    def discard_measurement(self) -> None:
+        """What this thread runs needs more than it was given: it says nothing about its activations."""
+        self._segments.pop(threading.get_ident(), None)
 
     def rebudget(self, client: Client, budget: Budget) -> None:
         """The client has another budget from its next call on; what the new one has no room for goes now."""

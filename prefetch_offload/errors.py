@@ -23,5 +23,9 @@ class TransitionError(OffloadError, RuntimeError):
     """An event that a unit's state does not allow: a bug in the engine. Nothing has been changed."""
 
 
+class RecompileError(OffloadError, RuntimeError):
+    """With ``strict_compile=True``: a component was compiled again, or in pieces, while it ran. Names it and the reasons."""
+
+
 class OffloadWarning(UserWarning):
     """Something works, but not as well as it could. The message says what it costs."""

@@ -22,6 +22,8 @@ from .adapter import pipeline as adapter
 from .adapter.entry import attach
 from .adapter.hooks import CpuOffload, Session, unwrap
 from .adoption import check_tensors
+from .captured import refuse
+from .compiling import Counts
 from .component import Component
 from .config import Budget, Settings, parse_budget
 from .engine import Engine
@@ -228,6 +230,10 @@ class Offload:
         failed = True
         try:
             self._engine.start_call(client, self._steps(args, kwargs))
+            if client.calling == 1:
+                for component in list(client.components.values()):
+                    if component.compiled is not None:
+                        component.compiled.call = Counts()
             yield
             failed = False
         finally:
@@ -292,6 +298,7 @@ class Offload:
             _stand_in(pipe, old, accelerate.hooks.UserCpuOffloadHook(after, hook))
             return
         check_tensors(name, after)
+        refuse(name, after)
         if type(getattr(inner, "_hf_hook", None)) is accelerate.hooks.CpuOffload:  # made from ours, by its class's name
             accelerate.hooks.remove_hook_from_module(inner)
         if getattr(inner, "_hf_hook", None) is None:

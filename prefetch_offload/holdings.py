@@ -130,7 +130,6 @@ class Holdings:
                     component.stream.close()
                     component.stream = None
                 component.unbind()
-                component.streaming = False
         self.transport.reset([u for u in self.units.values() if u.key not in kept])
         self.residency = Residency()
         for unit in self.units.values():
@@ -282,24 +281,25 @@ class Holdings:
                     sample = not streamed or unit.key not in self._sampled
                     self._sampled.add(unit.key)
                     flight = self.transport.load(unit, sample)
+                    component = self._component_of(unit)
+                    if component is not None and component.stream is not None and component.stream.keeps:
+                        self.transport.keep(unit)
                     self.recorder.copied(flight, ahead, self.residency.held_nbytes)
-                    if unit.fresh:
-                        self._show(unit)
                 except BaseException:
                     undone = (*instructions[i + 1 :], *after)
                     self.residency.handle(LoadFailed(instruction.unit, undone))
                     raise
             elif isinstance(instruction, Await):
                 self.transport.wait(unit)
+                component = self._component_of(unit)
+                if component is not None and component.bound:
+                    component.show(unit)
             else:
                 self.transport.drop(unit)
 
-    def _show(self, unit: Unit) -> None:
-        """A unit's twins are new: its component, if it runs, shows them."""
+    def _component_of(self, unit: Unit) -> Component | None:
         ref = self.components.get(self.recorder.owner[unit.key][0])
-        component = ref() if ref is not None else None
-        if component is not None and component.bound:
-            component.show(unit)
+        return ref() if ref is not None else None
 
     def _unbind_readers(self, units: tuple[str, ...] | list[str]) -> tuple[str, ...]:
         """Nobody shows a unit that is about to go. Returns those still there: taking a change over drops units, too."""
@@ -327,7 +327,6 @@ class Holdings:
             if unit.key in self.transport.flights:
                 self.transport.read_back(unit)
         stale = component.unbind(lambda unit: self.residency.state(unit.key) is State.READY)
-        component.streaming = False
         self._drop([u.key for u in stale if u.key in self.transport.flights])
 
 

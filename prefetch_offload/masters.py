@@ -53,6 +53,7 @@ class Master:
         ptr, version, dtype: where its data lay, its version and its type when last looked at.
         twin: what the modules show while the component runs; None until first needed.
         twin_data: the twin's view into its unit's device bytes, should something else be put into the twin.
+        shown: the modules show the twin.
         twin_ptr, twin_version: as `ptr` and `version`, of the twin, when its unit was loaded or it was last written back.
     """
 
@@ -67,6 +68,7 @@ class Master:
     twin_data: torch.Tensor | None = None
     twin_ptr: int = 0
     twin_version: int = 0
+    shown: bool = False
 
     def look(self) -> None:
         """Remember where the data lies, which version and of which type it is."""

@@ -48,7 +48,7 @@ class Moves(Holdings):
         """What `component` may hold in `room` bytes; None: all of its units."""
         planned = client.shares.get(component.key)
         known = {u.key for u in component.units}
-        if planned is not None and planned.limit_nbytes <= room and planned.keep <= known:
+        if planned is not None and planned.limit_nbytes <= room and component.must <= planned.keep <= known:
             return planned if len(planned.keep) < len(known) else None
         if component.nbytes <= room or not component.streamable:
             return None
@@ -152,17 +152,18 @@ class Moves(Holdings):
 
     def _watch_over(self, component: Component, client: Client, share: Share | None) -> None:
         """Await units one by one from here on, if any is missing; what the component reads itself is awaited now."""
+        keeps = component.stream is not None and component.stream.keeps
         if component.stream is not None:
             component.stream.close()
             component.stream = None
         if not component.streamable:
             return
-        component.streaming = share is not None
         if share is None and self.residency.is_ready(component.key):
             return
         if component.must:
             self.await_units(component, tuple(u for u in component.order if u in component.must))
         component.stream = Stream(self, client, component, share)
+        component.stream.keeps = keeps
         component.stream.open()
 
     def _why(self, component: Component) -> str:
@@ -218,12 +219,13 @@ class Moves(Holdings):
         if component.stream is not None:
             component.stream.guard(units)
         for unit in units:
-            component.leave(self.units[unit], kept=self.transport.flights[unit].kept)
+            component.leave(self.units[unit])
         for instruction in self.residency.handle(Dropped(tuple(units))):
             self.transport.drop(self.units[instruction.unit])
 
     def stream_in(self, client: Client, units: list[str]) -> list[str]:
         """Copy units in ahead of use. Returns those that the device had no room for."""
+        units = [u for u in units if self.residency.state(u) is State.HOST]
         if not units:
             return []
         self._run_ahead(client, self.residency.handle(Prefetched(EntryPlan((), tuple(units)))), streamed=True)
@@ -281,10 +283,10 @@ class Moves(Holdings):
             own = [u for u in plan.drops if self.recorder.owner[u][0] == component.key]
             others = tuple(u for u in plan.drops if u not in own)
             self.stream_out(component, own)
-            if component.stream is not None:
-                component.stream.resync()
             plan = dataclasses.replace(plan, drops=self._unbind_readers(others))
             self._run_ahead(client, self.residency.handle(Prefetched(plan)))
+            if component.stream is not None:
+                component.stream.resync()  # its own units went; and its first ones may have come, for the next call
 
 
 def head_units(component: Component, share: Share) -> tuple[str, ...]:

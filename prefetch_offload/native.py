@@ -60,12 +60,18 @@ class NativeComponent(Component):
     def adopt(self, transient: bool = False) -> tuple[list[Unit], list[Unit]]:
         return list(self.units), []
 
-    def bind(self) -> None:
+    def bind(self, awaited: Callable[[Unit], bool] = lambda unit: True) -> None:
         self.bound = True
 
     def unbind(self, awaited: Callable[[Unit], bool] = lambda unit: True) -> list[Unit]:
         self.bound = False
         return []
+
+    def show(self, unit: Unit) -> None:
+        pass
+
+    def leave(self, unit: Unit) -> None:
+        pass
 
     def release_twins(self) -> None:
         self.bound = False

@@ -64,7 +64,7 @@ class Point:
             reader.after(self)
             return result
 
-        wrapper.is_point = True  # type: ignore[attr-defined]
+        wrapper.point_of = original  # type: ignore[attr-defined]
         self._wrapper = wrapper
         self.module.__dict__["_compiled_call_impl"] = wrapper
 
@@ -81,9 +81,10 @@ class Point:
 def is_traced(module: nn.Module) -> bool:
     """torch.compile, or someone else's replacement, stands between a call of the module and those of the modules below."""
     call = module.__dict__.get("_compiled_call_impl")
+    call = getattr(call, "point_of", call)  # what a point's wrapper stands before
     return (
         isinstance(module, torch._dynamo.OptimizedModule | torch.jit.ScriptModule)
-        or (call is not None and not getattr(call, "is_point", False))
+        or call is not None
         or "forward" in module.__dict__
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -17,6 +17,15 @@ if TYPE_CHECKING:
     from .component import Component
     from .engine import Engine
     from .holdings import Client
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiles:
+    """Graphs, graph breaks and recompiles (the reason of each) within one call."""
+
+    graphs: int
+    graph_breaks: int
+    recompiles: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +43,10 @@ class ComponentStats:
         copy_ms: time its copies took on the copy stream.
         exposed_ms: time that compute waited for them.
         compute_ms: time from entering it to entering the next.
+        graphs: graphs that torch.compile made while it ran, recompiled ones included; None: this PyTorch does not tell.
+        graph_breaks: how often compiled code had to be cut; None as above.
+        recompiles: the reason of each recompile: function, and the guard that failed.
+        compiled_in_call: the same three of the last call; None as above.
     """
 
     name: str
@@ -47,6 +60,10 @@ class ComponentStats:
     copy_ms: float
     exposed_ms: float
     compute_ms: float
+    graphs: int | None = 0
+    graph_breaks: int | None = 0
+    recompiles: tuple[str, ...] = ()
+    compiled_in_call: Compiles | None = None
 
     @property
     def hidden_ms(self) -> float:
@@ -219,6 +236,7 @@ def collect(engine: Engine, client: Client) -> Stats:
                 copy_ms=_on(timeline, "copy", component.key),
                 exposed_ms=_on(timeline, "stalls", component.key),
                 compute_ms=_on(timeline, "compute", component.key),
+                **_compiles(component),
             )
         )
     copies = [s for s in timeline.spans if s.track == "copy" and s.args["component"] in client.components]
@@ -239,6 +257,21 @@ def collect(engine: Engine, client: Client) -> Stats:
         counts=dict(recorder.counts),
         last_call=_last_call(timeline, client),
     )
+
+
+def _compiles(component: Component) -> dict[str, Any]:
+    from .compiling import Counts, watch  # not above: figures can be shown without torch
+
+    if watch.missing:
+        return {"graphs": None, "graph_breaks": None}
+    compiled = component.compiled
+    total, call = (compiled.total, compiled.call) if compiled is not None else (Counts(), Counts())
+    return {
+        "graphs": total.graphs,
+        "graph_breaks": total.breaks,
+        "recompiles": tuple(total.recompiles),
+        "compiled_in_call": Compiles(call.graphs, call.breaks, tuple(call.recompiles)),
+    }
 
 
 def _on(timeline: Timeline, track: str, key: str) -> float:
@@ -294,6 +327,23 @@ def summary(stats: Stats) -> str:
     )
 
 
+def compiles(stats: Stats) -> list[str]:
+    """A line for each component that was compiled, and one for the reason of each recompile."""
+    lines: list[str] = []
+    for c in stats.components:
+        last = c.compiled_in_call
+        if c.graphs is None or last is None:
+            return ["compiled: not counted, since this PyTorch does not tell"]
+        if not c.graphs and not c.graph_breaks and not c.recompiles:
+            continue
+        lines.append(
+            f"compiled: {c.name}: {c.graphs} graphs, {c.graph_breaks} breaks, {len(c.recompiles)} recompiles; in the last call "
+            f"{last.graphs}, {last.graph_breaks}, {len(last.recompiles)}"
+        )
+        lines += [f"  recompiled: {reason}" for reason in dict.fromkeys(c.recompiles)]
+    return lines
+
+
 def render(stats: Stats) -> str:
     """Table and summary as plain text."""
     console = Console(file=io.StringIO(), width=118)
@@ -301,5 +351,7 @@ def render(stats: Stats) -> str:
     if stats.last_call is not None:
         console.print(comparison(stats.last_call))
     console.print(summary(stats), soft_wrap=True)
+    for line in compiles(stats):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()

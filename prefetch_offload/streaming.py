@@ -27,6 +27,8 @@ class Stream:
         share: what the component may hold; None: all of it, and only its first pass is awaited unit by unit.
         window: the units that do not stay; None as above.
         passes: how many have begun.
+        keeps: gradients are recorded: their graph holds on to weights, wherever those go.
+        active: the points that are being called, outermost first.
         least_held_nbytes: the least that all units of the device took while it ran.
     """
 
@@ -53,6 +55,8 @@ class Stream:
         self._read: set[str] = set()  # units whose last reader in this pass has been called
         self._measuring = False
         self._watch: Watch | None = None
+        self.active: list[Point] = []  # those that are being called, outermost first
+        self.keeps = False
 
     # ---------------------------------------------------------------- lifetime
     def open(self) -> None:
@@ -93,6 +97,7 @@ class Stream:
         self._visited.clear()
         self._marks.clear()
         self._read.clear()
+        self.active.clear()
         if last and self.window is not None:
             self.guard(self.units)  # every unit that has been read may make room for the next component's
 
@@ -121,6 +126,7 @@ class Stream:
     def before(self, point: Point) -> None:
         """`point` is about to be called: its units have to be there."""
         engine, window = self.engine, self.window
+        self.active.append(point)
         arrived = engine.lanes.record(engine.lanes.compute()) if self._measuring else None
         state = engine.residency.state
         if any(state(unit) is not State.READY for unit in point.units):
@@ -156,21 +162,22 @@ class Stream:
 
     def after(self, point: Point) -> None:
         """`point` has been called: a unit that it was the last to read in this pass may make room."""
+        while self.active and self.active.pop() is not point:
+            pass  # an exception inside, which someone caught
         window = self.window
         if window is None:
             return
         for unit in point.units:
-            if self._final.get(unit) is not point:
+            if self._final.get(unit) is not point or any(unit in outer.units for outer in self.active):
                 continue
             self._read.add(unit)
-            if window.streams(unit):
-                drops, loads = window.done(unit, self._last)
-                if drops or loads:
-                    with self.engine._changing():
-                        self.engine.stream_out(self.component, drops)
-                        self._load(loads)
-            if self._last and window.finished() and self._is_turn(unit):
-                self.engine.prefetch_others(self.client, self.component, frozenset(self.units) - self._read)
+            with self.engine._changing():  # an interrupt between the decision and the moves has to be repaired
+                if window.streams(unit):
+                    drops, loads = window.done(unit, self._last)
+                    self.engine.stream_out(self.component, drops)
+                    self._load(loads)
+                if self._last and window.finished() and self._is_turn(unit):
+                    self.engine.prefetch_others(self.client, self.component, frozenset(self.units) - self._read)
 
     def _is_turn(self, unit: str) -> bool:
         """Some sixteen times in a last pass, and at its last streamed unit, there is a look at what else to prefetch."""
@@ -204,8 +211,10 @@ class Stream:
 
     def found(self, unit: str) -> None:
         """`unit` is read outside of its points: it has to stay while the component runs."""
-        self.component.must |= {unit}
-        with self.engine._changing():
+        component, engine = self.component, self.engine
+        component.stays(unit)
+        engine.discard_measurement()
+        with engine._changing():
             self._fetch((unit,))
             if self.window is not None:
                 self.window.stay(unit)
@@ -243,10 +252,25 @@ class Watch(TorchDispatchMode):
                     self._owner[id(tensor)] = unit.key
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for value in (*args, *(kwargs or {}).values()):
-            for tensor in value if isinstance(value, tuple | list) else (value,):
-                unit = self._owner.get(id(tensor)) if isinstance(tensor, torch.Tensor) else None
-                if unit is not None and self._stream.engine.residency.state(unit) is not State.READY:
-                    self._stream.found(unit)
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        values = [v for value in (*args, *kwargs.values()) for v in (value if isinstance(value, tuple | list) else (value,))]
+        strays = {id(v): unit for v in values if isinstance(v, torch.Tensor) and (unit := self._stray(v)) is not None}
+        if not strays:
+            return func(*args, **kwargs)
+        for unit in set(strays.values()):
+            self._stream.found(unit)
+        twins = {id(m.tensor): m.twin for u in set(strays.values()) for m in self._stream.units[u].masters}
 
+        def twin_of(value: Any) -> Any:
+            if isinstance(value, tuple | list):
+                return type(value)(twin_of(v) for v in value)
+            return twins.get(id(value), value) if isinstance(value, torch.Tensor) else value
+
+        return func(*map(twin_of, args), **{k: twin_of(v) for k, v in kwargs.items()})
+
+    def _stray(self, tensor: torch.Tensor) -> str | None:
+        """The unit of a weight that is read by none of the points being called, if it has not been found already."""
+        unit = self._owner.get(id(tensor))
+        if unit is None or unit in self._stream.component.must:
+            return None
+        return None if any(unit in point.units for point in self._stream.active) else unit

@@ -31,6 +31,7 @@ class _EntryPoint:
 
     def __init__(self, name: str, base: Any) -> None:
         self.name, self.base = name, base
+        self._code: Any = None
 
     def __get__(self, module: nn.Module | None, owner: type | None = None) -> Any:
         if module is None:
@@ -48,6 +49,10 @@ class _EntryPoint:
                 return target(*args, **kwargs)
             return hook.run(module, target, args, kwargs, replaced)
 
+        # Dynamo keeps what it compiled by code object: where a program compiles this method, each has one of its own.
+        if self._code is None:
+            self._code = entered.__code__.replace(co_name=self.name)
+        entered.__code__ = self._code  # type: ignore[attr-defined]
         return entered
 
     def __set__(self, module: nn.Module, value: Any) -> None:
@@ -95,6 +100,9 @@ def _make(base: Any) -> type:
         if hook is None:
             return base.forward(self, *args, **kwargs)
         return hook.run(self, functools.partial(base.forward, self), args, kwargs)
+
+    # Dynamo keeps what it compiled by code object: where a program compiles this method, each class has one of its own.
+    forward.__code__ = forward.__code__.replace(co_name=f"{base.__name__}_forward")
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
         """Pickled, the module is what it was before."""

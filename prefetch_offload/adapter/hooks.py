@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 from collections.abc import Callable, Mapping
@@ -12,10 +13,13 @@ import torch
 from accelerate.utils import send_to_device
 from torch import nn
 
+from ..captured import refuse_compiled
+from ..compiling import watch
 from ..component import Component
 from ..config import Settings
 from ..device import is_out_of_memory
 from ..engine import Engine
+from ..errors import RecompileError
 from ..holdings import Client
 from ..registry import engine_for
 
@@ -37,15 +41,25 @@ class Session:
         """Components run on `device`. Raises SettingError if its engine is in use with other settings."""
         self._engine = engine_for(device, self.settings)
         self._engine.clients.add(self.client)
+        watch.start()
 
 
 def _through(component: Component, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """One pass of a component that is ready."""
-    stream = component.stream
-    if stream is None:
-        return call(*args, **kwargs)
-    result = stream.watched(call, args, kwargs)
-    stream.end_pass()
+    """One pass of a component that is ready. With ``strict_compile``, compiling again is an error once the pass is over."""
+    before, again = watch.begin(component), []
+    try:
+        stream = component.stream
+        if stream is None:
+            result = call(*args, **kwargs)
+        else:
+            result = stream.watched(call, args, kwargs)
+            stream.end_pass()
+    finally:
+        again = watch.end(before)
+    if again and component.client.settings.strict_compile:
+        raise RecompileError(
+            f"{component.name} was compiled again, or in pieces, and strict_compile=True: " + "; ".join(again)
+        )
     return result
 
 
@@ -101,10 +115,20 @@ class CpuOffload(accelerate.hooks.CpuOffload):
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Make the module's weights ready on the current stream, and move the inputs as stock does. Idempotent."""
-        return self._enter(module, args, kwargs, called=False)
+        if torch.compiler.is_compiling():  # before the lock, which Dynamo cannot trace
+            return args, kwargs
+        component = self.component
+        with component.turn if component is not None else contextlib.nullcontext():
+            return self._enter(module, args, kwargs, called=False)
 
     def _enter(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], called: bool, whole: bool = False
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        called: bool,
+        whole: bool = False,
+        call: Callable[..., Any] | None = None,
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if torch.compiler.is_compiling():
             return args, kwargs
@@ -118,6 +142,7 @@ class CpuOffload(accelerate.hooks.CpuOffload):
         engine = self.session.engine
         if engine.is_current(component) and not (whole and component.stream is not None):
             return args, kwargs
+        refuse_compiled(component, call if whole else None)
         previous = getattr(self.prev_module_hook, "hook", None)
         previous = previous.component if isinstance(previous, CpuOffload) else None
         engine.enter(component, shape_of(module, args, kwargs), previous, called, whole)
@@ -153,10 +178,10 @@ class CpuOffload(accelerate.hooks.CpuOffload):
         Args:
             whole: `call` is compiled code around all of the module.
 
-        While units come and go, one thread at a time runs a component: there is one window.
+        One thread at a time runs a component: while units come and go, there is one window.
         """
         component, thread = self.component, threading.get_ident()
-        if component is not None and component.streaming and thread not in component.threads:
+        if component is not None and thread not in component.threads:
             with component.turn:
                 return self._run(module, call, args, kwargs, whole)
         return self._run(module, call, args, kwargs, whole)
@@ -164,7 +189,7 @@ class CpuOffload(accelerate.hooks.CpuOffload):
     def _run(
         self, module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], whole: bool
     ) -> Any:
-        args, kwargs = self._enter(module, args, kwargs, called=True, whole=whole)
+        args, kwargs = self._enter(module, args, kwargs, called=True, whole=whole, call=call)
         component, session, thread = self.component, self.session, threading.get_ident()
         if component is None or session is None or thread in component.threads:  # the latter: forward, within its __call__
             return call(*args, **kwargs)

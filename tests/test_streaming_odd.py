@@ -1,0 +1,354 @@
+"""Programs that do odd things to a component while it streams, on a small network of ordinary blocks."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import DEVICE, settle
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from prefetch_offload import BudgetError
+from prefetch_offload.window import Window
+
+WIDTH, BLOCKS = 128, 12
+X = torch.linspace(-1, 1, 2 * WIDTH).reshape(2, WIDTH)
+UNITS = {"unit_min": 16 << 10, "unit_max": 72 << 10}
+
+
+class Net(nn.Module):
+    def __init__(self, reads: Callable[[Net, torch.Tensor, int], torch.Tensor] | None = None, n: int = BLOCKS) -> None:
+        super().__init__()
+        noise = torch.Generator().manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(n))
+        for block in self.blocks:
+            block.weight.data = torch.randn(WIDTH, WIDTH, generator=noise) / WIDTH**0.5
+        self.dtype, self.config, self.passes = torch.float32, None, 0
+        self.reads = reads
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.passes += 1
+        for i, block in enumerate(self.blocks):
+            x = torch.tanh(block(x))
+            if self.reads is not None:
+                x = self.reads(self, x, i)
+        return x
+
+
+class Pipeline(DiffusionPipeline):
+    model_cpu_offload_seq = "first"
+
+    def __init__(self, first: nn.Module) -> None:
+        super().__init__()
+        self.register_modules(first=first)
+
+    @torch.no_grad()
+    def __call__(
+        self, x: torch.Tensor = X, steps: int = 3, callback: Callable[[int], None] | None = None
+    ) -> torch.Tensor:
+        x = x.to(self._execution_device)
+        for step in range(steps):
+            x = self.first(x)
+            if callback is not None:
+                callback(step)
+        self.maybe_free_model_hooks()
+        return x.cpu()
+
+
+def room(share: float) -> int:
+    """A budget for that share of the blocks, and for activations."""
+    return int(share * BLOCKS * 66560) + (64 << 10)
+
+
+def truth(net: nn.Module, steps: int = 3, x: torch.Tensor = X) -> torch.Tensor:
+    """By a copy that lives on the device."""
+    twin = copy.deepcopy(net).to(DEVICE)
+    with torch.no_grad():
+        x = x.to(DEVICE)
+        for _ in range(steps):
+            x = twin(x)
+        return x.cpu()
+
+
+def often(call: Callable[..., Any], *args: Any, times: int = 2) -> None:
+    for _ in range(times):
+        call(*args)
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a, b)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.9])
+def test_gradients_flow_through_streamed_blocks(share: float, sim: Any, enable: Any) -> None:
+    net = Net()
+    plain = copy.deepcopy(net).to(DEVICE)
+    x = X.to(DEVICE).requires_grad_()
+    plain(x).sum().backward()
+    pipe = Pipeline(net)
+    for parameter in net.parameters():
+        parameter.requires_grad_(False)
+    enable(pipe, budget=room(share), **UNITS)
+    pipe()
+    for _ in range(2):
+        y = X.to(DEVICE).requires_grad_()
+        pipe.first(y).sum().backward()
+        assert torch.equal(y.grad.cpu(), x.grad.cpu())
+        pipe.maybe_free_model_hooks()
+    del plain, x, y
+    settle(sim)
+
+
+def _reads_behind(net: Net, x: torch.Tensor, i: int) -> torch.Tensor:
+    return x + nn.functional.linear(x, net.blocks[3].weight) if i == 3 else x
+
+
+def _reads_ahead(net: Net, x: torch.Tensor, i: int) -> torch.Tensor:
+    return x + nn.functional.linear(x, net.blocks[8].weight) if i == 1 else x
+
+
+@pytest.mark.parametrize("reads", [_reads_behind, _reads_ahead])
+@pytest.mark.parametrize("share", [0.4, 0.6, 0.9])
+def test_a_weight_that_is_read_outside_of_its_module(reads: Any, share: float, sim: Any, enable: Any) -> None:
+    net = Net(reads)
+    expected = truth(net)
+    pipe = Pipeline(net)
+    offload = enable(pipe, budget=room(share), **UNITS)
+    for _ in range(3):
+        assert same(pipe(), expected)
+    pipe.first.blocks[5].compile(backend="eager")  # charted anew, and not forgotten
+    for _ in range(2):
+        assert same(pipe(), expected)
+    offload.budget = room(share - 0.1)
+    for _ in range(2):
+        assert same(pipe(), expected)
+
+
+def test_a_read_that_comes_late_is_right_or_an_error(sim: Any, enable: Any) -> None:
+    """It is not searched for any more; the weight is shown on the host while it is not there."""
+
+    def reads(net: Net, x: torch.Tensor, i: int) -> torch.Tensor:
+        return x + nn.functional.linear(x, net.blocks[8].weight) if i == 1 and net.passes > 4 else x
+
+    net = Net(reads)
+    pipe = Pipeline(net)
+    enable(pipe, budget=room(0.4), **UNITS)
+    pipe()
+    found = []
+    with contextlib.suppress(RuntimeError):  # two devices
+        found.append(pipe())
+    net.passes = 3
+    assert all(same(image, truth(net)) for image in found)  # where the device takes operands of the host
+
+
+def test_weights_of_a_component_that_streams_can_be_looked_at(sim: Any, enable: Any) -> None:
+    net = Net()
+    values = {name: value.clone() for name, value in net.state_dict().items()}
+    expected = truth(net)
+    pipe = Pipeline(net)
+    enable(pipe, budget=room(0.4), **UNITS)
+    seen = []
+
+    def look(step: int) -> None:
+        state = {name: value.cpu() for name, value in pipe.first.state_dict().items()}
+        assert all(torch.equal(state[name], values[name]) for name in values)
+        saved = io.BytesIO()
+        torch.save(pipe.first.state_dict(), saved)
+        saved.seek(0)
+        loaded = torch.load(saved, map_location="cpu")
+        assert all(torch.equal(loaded[name], values[name]) for name in values)
+        copied = copy.deepcopy(pipe.first)
+        assert all(torch.equal(p.cpu(), values[name]) for name, p in copied.named_parameters())
+        seen.append(sum(float(p.norm()) for p in pipe.first.parameters()))
+
+    for _ in range(2):
+        assert same(pipe(callback=look), expected)
+    assert len(seen) == 6 and len(set(seen)) == 1
+
+
+def test_an_edit_in_a_callback_is_kept(sim: Any, enable: Any) -> None:
+    net = Net()
+    changed = copy.deepcopy(net)
+    with torch.no_grad():
+        for block in changed.blocks:
+            block.weight.mul_(0.5)
+    pipe = Pipeline(net)
+    enable(pipe, budget=room(0.4), **UNITS)
+
+    def edit(step: int) -> None:
+        if step == 2:
+            with torch.no_grad():
+                for block in pipe.first.blocks:
+                    block.weight.mul_(0.5)
+
+    pipe(callback=edit)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), changed.parameters(), strict=True))
+    assert same(pipe(), truth(changed))
+
+
+def test_compiled_while_bound(sim: Any, enable: Any) -> None:
+    net = Net()
+    expected = truth(net, 1)
+    pipe = Pipeline(net)
+    enable(pipe, budget=room(0.4), **UNITS)
+    pipe()
+    with torch.no_grad():
+        assert same(pipe.first(X.to(DEVICE)).cpu(), expected)
+        for block in pipe.first.blocks:
+            block.compile(backend="eager", dynamic=False)
+        for _ in range(3):
+            assert same(pipe.first(X.to(DEVICE)).cpu(), expected)
+
+
+def test_compiled_as_one_graph_it_is_refused_with_the_way_out(sim: Any, enable: Any) -> None:
+    net = Net()
+    expected = truth(net)
+    pipe = Pipeline(net)
+    offload = enable(pipe, budget=room(0.4), **UNITS)
+    pipe.first.compile(backend="eager")
+    with pytest.raises(BudgetError, match=r"compiled as one graph.*compile_repeated_blocks"):
+        often(pipe)
+    offload.budget = room(1.2)
+    assert same(pipe(), expected)
+
+
+@pytest.mark.parametrize("share", [None, 0.4])
+def test_one_component_in_two_threads(share: float | None, sim: Any, enable: Any) -> None:
+    net = Net()
+    expected = truth(net, 1)
+    pipe = Pipeline(net)
+    enable(pipe, budget=None if share is None else room(share), **UNITS)
+    wrong: list[Any] = []
+
+    def work() -> None:
+        x = X.to(DEVICE)
+        try:
+            with torch.no_grad():
+                wrong.extend(i for i in range(12) if not same(pipe.first(x).cpu(), expected))
+        except Exception as error:
+            wrong.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=work) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong
+
+
+class _Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj, self.tail = nn.Linear(48, 48), nn.Linear(48, 48)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.tail(torch.tanh(self.proj(x)))
+
+
+class _Tied(nn.Module):
+    """One of a block's layers is the last layer, too."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(_Inner() for _ in range(12))
+        self.out = self.blocks[at].proj
+        self.dtype = torch.float32
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = torch.tanh(block(x))
+        return self.out(x)
+
+
+@pytest.mark.parametrize("at", [0, 3, 9])
+def test_a_layer_that_is_used_in_two_places(at: int, sim: Any, enable: Any) -> None:
+    x = X[:, :48].contiguous()
+    for share in (0.25, 0.35, 0.5, 0.7):
+        net = _Tied(at)
+        nbytes = sum(p.nbytes for p in net.parameters())
+        expected = truth(net, 4, x)
+        pipe = Pipeline(net)
+        offload = enable(pipe, budget=int(share * nbytes) + (48 << 10), unit_min=16 << 10, unit_max=32 << 10)
+        for _ in range(4):
+            assert same(pipe(x, 4), expected)
+        offload.disable()
+
+
+def test_a_block_whose_forward_is_called(sim: Any, enable: Any) -> None:
+    """No point is called: every block is found and stays, so that a small budget is refused, and never passed over."""
+
+    class Direct(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks:
+                x = torch.tanh(block.forward(x))
+            return x
+
+    net = Direct()
+    expected = truth(net)
+    pipe = Pipeline(net)
+    offload = enable(pipe, budget=room(0.4), **UNITS)
+    with pytest.raises(BudgetError, match="first needs"):
+        often(pipe)
+    offload.budget = room(1.1)
+    for _ in range(2):
+        sim.reset()
+        assert same(pipe(), expected)
+        assert sim.counters()["peak"] <= room(1.1)
+
+
+def test_a_pipeline_called_in_the_callback_of_one_that_shares_its_component(sim: Any, enable: Any) -> None:
+    net = Net()
+    expected, once = truth(net), truth(net, 1)
+    pipe, other = Pipeline(net), Pipeline(net)
+    enable(pipe, budget=room(0.5), **UNITS)
+    enable(other, budget=room(0.5), **UNITS)
+    assert same(pipe(), expected)
+    for at in range(3):
+        inner: list[torch.Tensor] = []
+
+        def call(step: int, at: int = at, inner: list[torch.Tensor] = inner) -> None:
+            if step == at:
+                inner.append(other(steps=1))
+
+        assert same(pipe(callback=call), expected)
+        assert same(inner[0], once)
+    assert same(pipe(), expected)
+
+
+def test_an_interrupt_between_a_decision_and_its_moves(sim: Any, enable: Any, monkeypatch: Any) -> None:
+    net = Net()
+    expected = truth(net, 1)
+    pipe = Pipeline(net)
+    enable(pipe, budget=room(0.4), **UNITS)
+    pipe()
+    x = X.to(DEVICE)
+    done, left = Window.done, [-1]
+
+    def interrupted(self: Window, unit: str, last: bool) -> Any:
+        moves = done(self, unit, last)
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return moves
+
+    monkeypatch.setattr(Window, "done", interrupted)
+    with torch.no_grad():
+        for number in range(1, 12):
+            left[0] = number
+            with pytest.raises(KeyboardInterrupt):
+                often(pipe.first, x, times=4)
+            left[0] = -1
+            assert same(pipe.first(x).cpu(), expected)
