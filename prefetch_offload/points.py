@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from .masters import Unit
+from .masters import Unit, modules_of
 
 # Their forward reads weights of modules below them without calling those.
 _READS_WITHIN = (nn.MultiheadAttention, nn.RNNBase, nn.TransformerEncoderLayer, nn.TransformerEncoder)
@@ -99,7 +99,8 @@ def find_points(root: nn.Module, units: Sequence[Unit]) -> tuple[list[Point], fr
     """The points of a component, in definition order, and the units that `root` itself reads.
 
     The latter have to be there throughout a run: units with tensors of `root`'s own or of modules that are never called,
-    such as a ParameterList. Where `root` itself is traced, that is all of them.
+    such as a ParameterList; and the one with the first parameter, by which pipelines and models tell where a component is
+    (``unet.device``). Where `root` itself is traced, that is all of them.
     """
     readers: dict[int, set[str]] = {}
     rank = {u.key: i for i, u in enumerate(units)}
@@ -154,7 +155,8 @@ def find_points(root: nn.Module, units: Sequence[Unit]) -> tuple[list[Point], fr
         if child is not None:
             visit(child)
     reached = {u for point in points for u in point.units}
-    return points, frozenset(own(root)) | (frozenset(rank) - reached)
+    first = next((readers[id(m._parameters)] for m in modules_of(root) if id(m._parameters) in readers), set())
+    return points, frozenset(own(root)) | frozenset(first) | (frozenset(rank) - reached)
 
 
 def least_nbytes(nbytes: Mapping[str, int], points: Sequence[Point], must: frozenset[str]) -> int:

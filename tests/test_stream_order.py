@@ -126,7 +126,7 @@ def slow_link(ext: Any) -> Iterator[Any]:
     """Copies take long enough to be overtaken. Unlike `sim`, hazards are allowed here."""
     settle(ext)
     ext.reset()
-    ext.configure(1 << 50, 0.01, 0.05, 0)
+    ext.configure(1 << 50, 0.002, 0.05, 0)  # slower than a busy machine, too
     yield ext
     ext.configure(1 << 50, 0, 0, 0)
     settle(ext)
