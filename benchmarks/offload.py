@@ -1,6 +1,6 @@
 """Latency and memory of a pipeline, resident, under stock model offload and under ours, in one run on one device.
 
-    python -m benchmarks.offload --out DIR [--device cuda] [--model sdxl] [--steps 30 --steps 4]
+    python -m benchmarks.offload --out DIR [--device cuda] [--model sdxl] [--steps 30 --steps 4] [--budget 8GiB]
 
 Writes offload.csv (a row per mode and step count), offload.json (the machine, the link as measured in this run, versions,
 commit and command) and a Perfetto trace of each of our modes. On the simulated accelerator every row says so; so must who
@@ -43,6 +43,7 @@ class Row:
         peak_reserved: the same of what the allocator took from the driver, from zero.
         exposed_ms: time per call that compute waited for copies; None where it is not known.
         link_gbps: bytes over busy time of the copy stream.
+        predicted_s, bound_s: a call by our plan, and the physical limit in that budget over the measured link.
         image: hash of the last image; `equal` compares it with the resident one.
     """
 
@@ -65,6 +66,8 @@ class Row:
     image: str
     equal: bool | None
     simulated: bool
+    predicted_s: float | None = None
+    bound_s: float | None = None
 
 
 def build(model: str) -> DiffusionPipeline:
@@ -72,17 +75,27 @@ def build(model: str) -> DiffusionPipeline:
         from . import models
 
         return models.sdxl()
+    if model == "flux":
+        from .flux import flux
+
+        return flux()
+    if model == "flux-small":
+        from prefetch_offload.testing.pipelines import scaled
+
+        return scaled("flux", width=192, layers=4, text_width=192, text_layers=8).build()
     if model == "sdxl-small":
         from prefetch_offload.testing.pipelines import scaled
 
         return scaled("sdxl", width=64).build()
-    raise typer.BadParameter(f"{model!r} is not known: sdxl or sdxl-small")
+    raise typer.BadParameter(f"{model!r} is not known: sdxl, flux, sdxl-small or flux-small")
 
 
 def call(pipe: DiffusionPipeline, model: str, steps: int) -> np.ndarray:
-    size = 1024 if model == "sdxl" else 64
+    size = 64 if model.endswith("small") else 1024
     generator = torch.Generator("cpu").manual_seed(0)
     inputs = {"height": size, "width": size, "num_inference_steps": steps, "generator": generator, "output_type": "np"}
+    if model == "flux-small":
+        inputs["max_sequence_length"] = 32
     return np.asarray(pipe("a serene lake at dawn", **inputs).images)
 
 
@@ -100,7 +113,7 @@ def measure(model: str, mode: str, steps_list: list[int], device: torch.device, 
     elif mode == "stock":
         pipe.enable_model_cpu_offload(device=device)
     else:
-        budget = "stock" if "stock" in mode else None
+        budget = "stock" if "stock" in mode else None if "default" in mode else mode.removeprefix("ours, ")
         small = {"unit_min": 64 << 10, "unit_max": 512 << 10} if model.endswith("small") else {}
         offload = prefetch_offload.enable(pipe, device=device, budget=budget, **small)
     enable_s = time.perf_counter() - start
@@ -152,6 +165,8 @@ def measure(model: str, mode: str, steps_list: list[int], device: torch.device, 
                 image=hashlib.sha256(image.tobytes()).hexdigest()[:16],
                 equal=None,
                 simulated=devices.simulator(device) is not None,
+                predicted_s=_seconds(later.last_call.predicted_ms) if later is not None and later.last_call else None,
+                bound_s=_seconds(later.last_call.bound_ms) if later is not None and later.last_call else None,
             )
         )
         print(
@@ -165,6 +180,10 @@ def measure(model: str, mode: str, steps_list: list[int], device: torch.device, 
     elif mode == "stock":
         pipe.remove_all_hooks()
     return rows
+
+
+def _seconds(ms: float | None) -> float | None:
+    return None if ms is None else ms / 1e3
 
 
 def machine(device: torch.device, gbps: link.Link) -> dict[str, Any]:
@@ -191,13 +210,16 @@ def main(
     model: str = "sdxl",
     steps: Annotated[list[int] | None, typer.Option()] = None,
     rounds: int = 3,
+    budget: Annotated[list[str] | None, typer.Option(help="ours in this budget, too, as 8GiB; can be repeated")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="these modes instead of all: resident, stock, ...")] = None,
 ) -> None:
     """Measure all modes and write the results."""
+    modes = [*(only if only is not None else MODES), *(f"ours, {b}" for b in budget or [])]
     out.mkdir(parents=True, exist_ok=True)
     where = devices.pick(None if device == "simgpu" else device, simulate=device == "simgpu")
     record: dict[str, Any] = {"machine": machine(where, link.measure(where))}
     rows: list[Row] = []
-    for mode in MODES:
+    for mode in modes:
         try:
             rows += measure(model, mode, steps or [30, 4], where, rounds, out)
         except Exception as error:  # a mode that fails is a row that says so
