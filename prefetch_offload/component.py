@@ -188,6 +188,9 @@ class Component:
         self.units = kept + made
         # by the tensors there are now: taking them in may have replaced an inference tensor
         self._masters = {id(m.tensor): m for m in seen.values()}
+        for unit in self.units:
+            for master in unit.masters:
+                master.unit = unit
         self._slots = slots
         self._flat = [m for m in self._modules if isinstance(m, nn.RNNBase)]
         self._peft = [m for m in self._modules if "merged_adapters" in m.__dict__]
@@ -304,6 +307,7 @@ class Component:
         """Let the modules show the twins of units whose copy the caller's stream has waited for, and else the masters."""
         self.bound = True
         for unit in self.units:
+            unit.places = None
             if awaited(unit):
                 self._show(unit)
         self._after_swap()
@@ -316,15 +320,19 @@ class Component:
             self._after_swap()
 
     def _show(self, unit: Unit) -> None:
-        for master in unit.masters:
-            twin = master.twin
-            assert twin is not None, f"{self.key}: {master.name} has no twin"
-            if twin.requires_grad is not master.tensor.requires_grad:
-                twin.requires_grad_(master.tensor.requires_grad)
-            master.shown = True
-            for entries, key in master.slots:
-                if entries.get(key) is master.tensor:
-                    entries[key] = twin
+        # Looked up once a run: looking at tensors for every use of a streamed unit costs more than showing them.
+        if unit.places is None:
+            unit.places = []
+            for master in unit.masters:
+                tensor, twin = master.tensor, master.twin
+                assert twin is not None, f"{self.key}: {master.name} has no twin"
+                if twin.requires_grad is not tensor.requires_grad:
+                    twin.requires_grad_(tensor.requires_grad)
+                unit.places += [(entries, key, tensor, twin) for entries, key in master.slots]
+        unit.shown = True
+        for entries, key, tensor, twin in unit.places:
+            if entries.get(key) is tensor:
+                entries[key] = twin
         if unit.fresh:
             unit.fresh = False
             if self.compiled is not None:
@@ -334,7 +342,7 @@ class Component:
         """While bound: a unit is about to leave the device. Its masters are shown again: a program that reads them meets
         the truth, not memory that is gone. What was written to it on the device is written back first."""
         # Looking for writes without a mark makes the host wait: only where no pipeline call is in progress.
-        look = self.by_hand and not self.client.calling and isinstance(unit, SlabUnit) and unit.masters[0].shown
+        look = self.by_hand and not self.client.calling and isinstance(unit, SlabUnit) and unit.shown
         rewritten = unit.rewritten() if look and isinstance(unit, SlabUnit) else []
         # Once for every use of a streamed unit: twins are no inference tensors, so they have a version.
         written = [m for m in unit.masters if m.twin is not None and m.twin._version != m.twin_version]
@@ -345,13 +353,16 @@ class Component:
             self.d2h_nbytes += master.twin.nbytes
             master.look()
             master.twin_version = master.twin._version
+        places = unit.places or []
         if written or rewritten:
             unit.sample()
-        for master in unit.masters:
-            master.shown = False
-            for entries, key in master.slots:
-                if entries.get(key) is master.twin:
-                    entries[key] = master.tensor
+            # a master may have become another object
+            places = [(e, k, m.tensor, m.twin) for m in unit.masters if m.twin is not None for e, k in m.slots]
+            unit.places = None
+        unit.shown = False
+        for entries, key, tensor, twin in places:
+            if entries.get(key) is twin:
+                entries[key] = tensor
         if self._flat:
             self._after_swap()
 
@@ -375,10 +386,14 @@ class Component:
             stale = self._take_over(rewritten)
         for entries, key, master in self._slots:
             entries[key] = master.tensor
-            master.shown = False
+        self._hide()
         self.bound = self.by_hand = False
         self._after_swap()
         return stale
+
+    def _hide(self) -> None:
+        for unit in self.units:
+            unit.shown, unit.places = False, None
 
     @property
     def shown(self) -> bool:
@@ -465,7 +480,7 @@ class Component:
                 if master.tensor.data_ptr() != twin.data_ptr():
                     master.tensor.data = twin.data
                 entries[key] = master.tensor
-            master.shown = False
+        self._hide()
         self._after_swap()
         self.bound = False
 

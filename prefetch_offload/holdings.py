@@ -7,6 +7,7 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from types import TracebackType
 
 import torch
 from torch import nn
@@ -26,6 +27,9 @@ from .residency import Await, Drop, Dropped, Instruction, Load, LoadFailed, Need
 from .strategy import CallPlan
 from .transport import Transport
 from .window import Share
+
+# Every step either happened or did not. After any other exception the next change repairs first.
+_ORDERLY = (*OUT_OF_MEMORY, OffloadError)
 
 _local = threading.local()
 _clients = itertools.count()
@@ -71,6 +75,43 @@ class Client:
         self.number = next(_clients)
 
 
+class _Change:
+    """See `Holdings._changing`. Entered for every use of a streamed unit: a generator would cost three times as much."""
+
+    def __init__(self, holdings: Holdings) -> None:
+        self._of = weakref.ref(holdings)
+
+    def __enter__(self) -> None:
+        of = self._of()
+        assert of is not None
+        of.lock.acquire()
+        of._depth += 1
+        if of._depth > 1:
+            return
+        try:
+            if of._dirty:
+                of._recover()
+            of._dirty = True
+        except BaseException:
+            of._depth -= 1
+            of.lock.release()
+            raise
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        of = self._of()
+        assert of is not None
+        try:
+            if of._depth == 1:
+                if kind is None:
+                    of._bury()
+                    of._dirty = False
+                elif issubclass(kind, _ORDERLY):
+                    of._dirty = False
+        finally:
+            of._depth -= 1
+            of.lock.release()
+
+
 class Holdings:
     """The components and units of one device. `Engine` decides what moves when."""
 
@@ -91,30 +132,12 @@ class Holdings:
         self._graveyard: list[str] = []
         self._sampled: set[str] = set()  # units whose bytes were sampled since a call began
         self._depth = 0
+        self._change = _Change(self)
 
     # ------------------------------------------------------------- consistency
-    @contextlib.contextmanager
-    def _changing(self) -> Iterator[None]:
+    def _changing(self) -> contextlib.AbstractContextManager[None]:
         """Hold the lock over a change. An interrupt inside it leaves a mark, and the next change repairs first."""
-        with self.lock:
-            outermost = not self._depth
-            self._depth += 1
-            try:
-                if outermost:
-                    if self._dirty:
-                        self._recover()
-                    self._dirty = True
-                yield
-                if outermost:
-                    self._bury()
-                    self._dirty = False
-            except (*OUT_OF_MEMORY, OffloadError):
-                # Orderly: every step either happened or did not. After anything else the next change repairs first.
-                if outermost:
-                    self._dirty = False
-                raise
-            finally:
-                self._depth -= 1
+        return self._change
 
     def _recover(self) -> None:
         """After an interrupt anywhere in the engine: wait for the device, show masters, hold nothing.

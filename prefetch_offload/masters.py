@@ -53,7 +53,7 @@ class Master:
         ptr, version, dtype: where its data lay, its version and its type when last looked at.
         twin: what the modules show while the component runs; None until first needed.
         twin_data: the twin's view into its unit's device bytes, should something else be put into the twin.
-        shown: the modules show the twin.
+        unit: what it moves with.
         twin_ptr, twin_version: as `ptr` and `version`, of the twin, when its unit was loaded or it was last written back.
     """
 
@@ -68,7 +68,12 @@ class Master:
     twin_data: torch.Tensor | None = None
     twin_ptr: int = 0
     twin_version: int = 0
-    shown: bool = False
+    unit: Unit | None = None
+
+    @property
+    def shown(self) -> bool:
+        """The modules show the twin."""
+        return self.unit is not None and self.unit.shown
 
     def look(self) -> None:
         """Remember where the data lies, which version and of which type it is."""
@@ -146,6 +151,8 @@ class Unit:
         payload_nbytes: bytes that a copy puts on the link.
         copied: after the last copy out of host memory; until it has happened that memory may not be given back.
         fresh: its twins are new objects, which the modules do not show yet.
+        shown: its component's modules show its twins.
+        places: (dictionary, key, master's tensor, twin) of every place that shows one of them; None: to be looked up.
     """
 
     prefetchable = False
@@ -154,6 +161,8 @@ class Unit:
         self.key, self.nbytes, self.payload_nbytes, self.masters = key, nbytes, payload_nbytes, masters
         self.copied: torch.Event | None = None
         self.fresh = False
+        self.shown = False
+        self.places: list[tuple[dict[str, Any], str, torch.Tensor, torch.Tensor]] | None = None
 
     @property
     def present(self) -> bool:
@@ -170,6 +179,7 @@ class Unit:
 
     def abandon(self) -> None:
         """Leave the device memory to the twins that show it."""
+        self.places = None
         for master in self.masters:
             master.twin = master.twin_data = None
 
@@ -225,7 +235,7 @@ class SlabUnit(Unit):
             master.twin_ptr = base + offset
 
     def _make_twin(self, master: Master, offset: int) -> None:
-        self.fresh = True
+        self.fresh, self.places = True, None
         with torch.inference_mode(False):
             # Like its home: the tensor may have changed since, which the component's next entry takes in.
             master.twin_data = self._view(master.home if master.home is not None else master.tensor, offset)
@@ -294,7 +304,7 @@ class CarriedUnit(Unit):
                     made.append(master.wrap(data.copy_(tensor)))
                 else:
                     made.append(master.wrap(tensor.to(device)))
-        self.fresh = True
+        self.fresh, self.places = True, None
         for master, twin in zip(self.masters, made, strict=True):
             master.twin, master.twin_ptr, master.twin_version = twin, twin.data_ptr(), version_of(twin)
 

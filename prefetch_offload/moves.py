@@ -214,22 +214,25 @@ class Moves(Holdings):
 
     def stream_out(self, component: Component, units: list[str]) -> None:
         """Units of a bound component leave the device; its modules go on showing what they show."""
-        if not units:
-            return
+        if units:
+            self._leave(component, units)
+            self._run(self.residency.handle(Dropped(tuple(units))), [])
+
+    def _leave(self, component: Component, units: list[str]) -> None:
         if component.stream is not None:
             component.stream.guard(units)
         for unit in units:
             component.leave(self.units[unit])
-        for instruction in self.residency.handle(Dropped(tuple(units))):
-            self.transport.drop(self.units[instruction.unit])
 
-    def stream_in(self, client: Client, units: list[str]) -> list[str]:
-        """Copy units in ahead of use. Returns those that the device had no room for."""
-        units = [u for u in units if self.residency.state(u) is State.HOST]
-        if not units:
-            return []
-        self._run_ahead(client, self.residency.handle(Prefetched(EntryPlan((), tuple(units)))), streamed=True)
-        return [u for u in units if self.residency.state(u) is State.HOST]
+    def exchange(self, client: Client, component: Component, drops: list[str], loads: list[str]) -> list[str]:
+        """Units of a bound component leave, and others of it are copied in ahead of use. Returns those that the device had
+        no room for."""
+        state = self.residency.state
+        loads = [u for u in loads if state(u) is State.HOST]
+        self._leave(component, drops)
+        plan = EntryPlan(tuple(drops), tuple(loads))
+        self._run_ahead(client, self.residency.handle(Prefetched(plan)), streamed=True)
+        return [u for u in loads if state(u) is State.HOST]
 
     def await_units(self, component: Component, units: tuple[str, ...]) -> None:
         """Units are about to be read: load what is missing, and let the caller's stream wait."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -31,13 +30,31 @@ class ComponentTotals:
     h2d_nbytes: int = 0
 
 
-@dataclass
+@dataclass(slots=True)
 class _Mark:
     track: str
     name: str
     start: torch.Event
     end: torch.Event | None
     args: dict[str, object] = field(default_factory=dict)
+
+
+_NO_STALL = contextlib.nullcontext()
+
+
+class _Stall:
+    """See `Recorder.stall`."""
+
+    def __init__(self, recorder: Recorder, key: str, name: str) -> None:
+        self._recorder, self._mark = recorder, _Mark("stalls", name, recorder._now(), None, {"component": key})
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if kind is None:
+            self._mark.end = self._recorder._now()
+            self._recorder._marks.append(self._mark)
 
 
 class Recorder:
@@ -117,22 +134,16 @@ class Recorder:
         key, name = self.owner[flight.unit.key]
         self.of(key).h2d_nbytes += flight.unit.payload_nbytes
         args = {"component": key, "unit": flight.unit.key, "nbytes": flight.unit.payload_nbytes, "prefetch": ahead}
-        self._marks.append(_Mark("copy", name, flight.start, flight.ready, dict(args)))
+        self._marks.append(_Mark("copy", name, flight.start, flight.ready, args))
         self._levels.append((flight.start, held_nbytes))
 
-    @contextlib.contextmanager
-    def stall(self, key: str, name: str, waits: bool) -> Iterator[None]:
+    def stall(self, key: str, name: str, waits: bool) -> contextlib.AbstractContextManager[object]:
         """Around the waits before component `key` reads units: the time compute waits for copies is exposed transfer.
 
         Args:
             waits: there is something to wait for that has not happened already.
         """
-        if not waits:
-            yield
-            return
-        before = self._now()
-        yield
-        self._marks.append(_Mark("stalls", name, before, self._now(), {"component": key}))
+        return _Stall(self, key, name) if waits else _NO_STALL
 
     # ----------------------------------------------------------------- figures
     def _recent(self, track: str) -> list[_Mark]:

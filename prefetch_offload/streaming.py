@@ -129,9 +129,11 @@ class Stream:
         self.active.append(point)
         arrived = engine.lanes.record(engine.lanes.compute()) if self._measuring else None
         state = engine.residency.state
-        if any(state(unit) is not State.READY for unit in point.units):
-            with engine._changing():
-                self._fetch(point.units)
+        for unit in point.units:
+            if state(unit) is not State.READY:
+                with engine._changing():
+                    self._fetch(point.units)
+                break
         self.least_held_nbytes = min(self.least_held_nbytes, engine.residency.held_nbytes)
         if window is not None and self._last and point.number == self.component.first_visit and self._read:
             self._last = False  # round again within one call, as a tiled VAE's decoder goes
@@ -144,14 +146,17 @@ class Stream:
     def _fetch(self, units: tuple[str, ...]) -> None:
         engine, window = self.engine, self.window
         missing = 0
-        if window is not None:
+        if window is not None and len(units) == 1 and units[0] in window.held:  # the most frequent case by far
+            window.need(units[0])
+        elif window is not None:
             for unit in units:
                 if window.streams(unit):
                     drops, loads = window.need(unit, frozenset(units))
                     missing += len(loads)
                     engine.stream_out(self.component, drops)
                     self._make_room(loads)
-        gone = [u for u in units if engine.residency.state(u) is State.HOST and not (window and window.streams(u))]
+        state = engine.residency.state
+        gone = [u for u in units if state(u) is State.HOST and not (window is not None and window.streams(u))]
         if gone and self.passes:  # what stays has left in the last pass, and is called for again
             missing += len(gone)
             self._make_room(gone)
@@ -174,8 +179,8 @@ class Stream:
             with self.engine._changing():  # an interrupt between the decision and the moves has to be repaired
                 if window.streams(unit):
                     drops, loads = window.done(unit, self._last)
-                    self.engine.stream_out(self.component, drops)
-                    self._load(loads)
+                    if drops or loads:
+                        self._exchange(drops, loads)
                 if self._last and window.finished() and self._is_turn(unit):
                     self.engine.prefetch_others(self.client, self.component, frozenset(self.units) - self._read)
 
@@ -188,24 +193,24 @@ class Stream:
         self._turned = place
         return True
 
-    def _load(self, units: list[str]) -> None:
-        """Ahead of use, as far as units can travel by themselves and the device has room."""
+    def _exchange(self, drops: list[str], loads: list[str]) -> None:
+        """Units go, and others come ahead of use, as far as they can travel by themselves and the device has room."""
         window = self.window
         assert window is not None
         ahead = []
-        for unit in units:
+        for unit in loads:
             if self.units[unit].prefetchable:
                 ahead.append(unit)
             else:
                 window.left(unit)
-        self._make_room(ahead)
-        refused = self.engine.stream_in(self.client, ahead)
-        for unit in refused:
+        gained = sum(self.units[u].nbytes for u in drops)
+        self._make_room(ahead, gained)
+        for unit in self.engine.exchange(self.client, self.component, drops, ahead):
             window.left(unit)
 
-    def _make_room(self, units: list[str]) -> None:
-        """Others may have come into the room of what had been read."""
-        nbytes = sum(self.units[u].nbytes for u in units)
+    def _make_room(self, units: list[str], gained_nbytes: int = 0) -> None:
+        """Others may have come into the room of what had been read. So many bytes of its own go besides."""
+        nbytes = sum(self.units[u].nbytes for u in units) - gained_nbytes
         if self.engine.residency.held_nbytes + nbytes > self._cap:
             self.engine.make_room(self.client, self.component, self._cap - nbytes)
 
