@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 from .component import Component
@@ -88,7 +89,8 @@ def replan(engine: Engine, client: Client) -> None:
 
     Sets the client's `plan`, `shares`, `heads` and `planned_because`.
     """
-    if client.calls <= _EARLY or client.calls % _OFTEN == 0:
+    measured = client.calls <= _EARLY or client.calls % _OFTEN == 0
+    if measured:
         measure(engine, client)
     workload, budget = workload_of(client), budget_of(engine, client)
     if workload is None or budget is None:
@@ -97,6 +99,8 @@ def replan(engine: Engine, client: Client) -> None:
         budget = min(budget, engine.available(client))  # the device has less than it said
     why = _difference(client.plan, workload, budget)
     if not why:
+        if client.plan is not None and measured:  # the same shares; what they come to is by the latest figures
+            client.plan = dataclasses.replace(client.plan, workload=workload, link=engine.link)
         return
     client.planned_because = why
     try:
@@ -124,8 +128,8 @@ def _difference(plan: CallPlan | None, workload: Workload, budget: int) -> str:
         return f"another budget: {plan.budget_nbytes} -> {budget} bytes"
     if not all(before[n].units == now[n].units and before[n].must == now[n].must for n in now):
         return "another order of units"
-    if not _near(plan.workload.compute_ms, workload.compute_ms, _COMPUTE_CHANGE):
-        return f"compute takes {workload.compute_ms:.0f} ms instead of {plan.workload.compute_ms:.0f}"
+    if not _near(plan.found_for_ms, workload.compute_ms, _COMPUTE_CHANGE):
+        return f"compute takes {workload.compute_ms:.0f} ms instead of {plan.found_for_ms:.0f}"
     return ""
 
 

@@ -149,9 +149,11 @@ class Recorder:
     def _recent(self, track: str) -> list[_Mark]:
         """Marks of the last complete call, as far as the device has come to them."""
         found = []
+        ended = 0
         for mark in reversed(self._marks):
             if mark.track == "calls":
-                if found:
+                ended += 1
+                if ended > 1:
                     break
                 continue
             if mark.track == track and mark.end is not None and mark.end.query():

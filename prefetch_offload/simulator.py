@@ -264,6 +264,8 @@ class _Device:
     ) -> None:
         act, clock, residency = component.activation_nbytes, self.clock, self.residency
         name = self.owner[component.units[0]] if component.units else ""
+        if window is not None:
+            window.begin()
         for i, unit in enumerate(component.units):
             streamed = window is not None and window.streams(unit)
             if window is not None and streamed:

@@ -31,14 +31,19 @@ class CallPlan:
 
     Attributes:
         shares: by component, for those that stream.
-        bound_ms: no schedule can be faster.
+        found_for_ms: the compute time of the call that the shares were found for; `workload` may have been measured since.
     """
 
     workload: Workload
     budget_nbytes: int
     link: Link
     shares: Mapping[str, Share]
-    bound_ms: float
+    found_for_ms: float
+
+    @cached_property
+    def bound_ms(self) -> float:
+        """No schedule can be faster."""
+        return lower_bound_ms(self.workload, self.budget_nbytes, self.link)
 
     @cached_property
     def prediction(self) -> Prediction:
@@ -60,7 +65,7 @@ def plan_call(workload: Workload, budget_nbytes: int, link: Link, strategy: Stra
             f"{smallest} bytes ({smallest / GIB:.2f} GiB)."
         )
     shares = (strategy or balanced)(workload, budget_nbytes, link)
-    return CallPlan(workload, budget_nbytes, link, shares, lower_bound_ms(workload, budget_nbytes, link))
+    return CallPlan(workload, budget_nbytes, link, shares, workload.compute_ms)
 
 
 def whole(workload: Workload, budget_nbytes: int, link: Link) -> dict[str, Share]:

@@ -98,6 +98,8 @@ class Stream:
         self._marks.clear()
         self._read.clear()
         self.active.clear()
+        if self.window is not None:
+            self.window.begin()
         if last and self.window is not None:
             self.guard(self.units)  # every unit that has been read may make room for the next component's
 
@@ -135,8 +137,9 @@ class Stream:
                     self._fetch(point.units)
                 break
         self.least_held_nbytes = min(self.least_held_nbytes, engine.residency.held_nbytes)
-        if window is not None and self._last and point.number == self.component.first_visit and self._read:
+        if window is not None and point.number == self.component.first_visit and self._read:
             self._last = False  # round again within one call, as a tiled VAE's decoder goes
+            window.begin()
         if arrived is not None:
             self._visited.append(point)
             self._marks.append((point, arrived, engine.lanes.record(engine.lanes.compute())))
@@ -172,7 +175,7 @@ class Stream:
         window = self.window
         if window is None:
             return
-        for unit in point.units:
+        for unit in sorted(point.units, key=self._place.__getitem__) if len(point.units) > 1 else point.units:
             if self._final.get(unit) is not point or any(unit in outer.units for outer in self.active):
                 continue
             self._read.add(unit)

@@ -108,6 +108,7 @@ class Window:
         self._share = share
         self._index = {u: i for i, u in enumerate(self.order)}
         self._at = 0  # index of the unit in use, or of the next one to be used; len(order) at the end of a last pass
+        self._front = -1  # the last index in order that this pass is done with
         self._from = 0  # that many units (`_run`) from index `_from` on, cyclic, are held: what `done` need not look at
         self._run = 0
         self._used: dict[str, None] = {}  # those held that have been used, the latest last
@@ -149,6 +150,10 @@ class Window:
             self._used.pop(unit, None)
             self._run = min(self._run, (self._index[unit] - self._from) % len(self.order))
 
+    def begin(self) -> None:
+        """A pass begins."""
+        self._front = -1
+
     def need(self, unit: str, together: frozenset[str] = frozenset()) -> tuple[list[str], list[str]]:
         """`unit` is about to be read, and with it those of `together`. Returns (drops, loads): none if it is held."""
         self._at = self._index[unit]
@@ -172,11 +177,13 @@ class Window:
 
         The units that are missing come in order of use, as far as they fit. A held unit makes room for one only if it has
         been used, and is used again later than that one; and nothing is dropped unless a load takes its place.
+        A unit that is done with out of order, since it is read in several places, does not turn the clock back.
 
         Args:
             last: no further pass is expected: units before this one are not needed again.
         """
-        n, at = len(self.order), self._index[unit]
+        n = len(self.order)
+        at = self._front = max(self._front, self._index[unit])
         self._at = at + 1 if last else (at + 1) % n
         if unit in self.held:
             self._used.pop(unit, None)
@@ -228,6 +235,7 @@ class Window:
             self.left(unit)
             self.limit_nbytes -= self._nbytes[unit]
             self._at -= self._index[unit] < self._at
+            self._front -= self._index[unit] <= self._front
             self.order = tuple(u for u in self.order if u != unit)
             self._index = {u: i for i, u in enumerate(self.order)}
             self._from = self._run = 0

@@ -152,3 +152,14 @@ def test_what_is_read_together_stays_together() -> None:
     window.arrived("u00")
     window.arrived("u01")
     assert window.need("u02", frozenset(["u01"])) == (["u00"], ["u02"])
+
+
+def test_a_unit_that_is_done_with_out_of_order_does_not_turn_the_clock_back() -> None:
+    """One that several modules read, of which another unit's is called last."""
+    nbytes = named([1] * 6)
+    window = Window(list(nbytes), nbytes, Share(3, frozenset()))
+    for unit in window.first():
+        window.arrived(unit)
+    window.begin()
+    assert window.done("u01", False) == (["u01"], ["u03"])
+    assert window.done("u00", False) == (["u00"], ["u04"]), "not u01 again, which this pass has read"
