@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-import weakref
 
 import torch
 
@@ -26,16 +25,15 @@ class _Segment:
 
     def __init__(self, memory: Memory, shape: object, component: Component, held_nbytes: int) -> None:
         self.memory, self.shape = memory, shape
-        self._component = weakref.ref(component)  # no engine keeps components alive
         self.weight_nbytes, self.held_nbytes = component.nbytes, held_nbytes
         self.peak_nbytes = 0  # before another thread reset the statistic
+        self._found_nbytes = 0
 
     def needs(self, peak_nbytes: int, baseline_nbytes: int) -> int:
-        """Device memory in use besides weights. While units come and go, the least that weights took is what counts."""
-        component = self._component()
-        stream = component.stream if component is not None else None
-        held = self.held_nbytes if stream is None else min(self.held_nbytes, stream.least_held_nbytes)
-        return max(0, max(peak_nbytes, self.peak_nbytes) - held - baseline_nbytes)
+        """Device memory that was in use besides weights."""
+        now = max(peak_nbytes, self.peak_nbytes) - self.held_nbytes - baseline_nbytes
+        self._found_nbytes = max(self._found_nbytes, now)
+        return self._found_nbytes
 
 
 class Engine(Moves):
@@ -159,6 +157,31 @@ class Engine(Moves):
                 stream.keeps = torch.is_grad_enabled()
                 stream.begin_pass(order.passes_left() == 0)
 
+    def weigh(self) -> bool:
+        """Units are about to move while this thread's component runs: what it took besides those that are there is learned.
+        Returns whether to call `weighed` when they have."""
+        segment = self._segments.get(threading.get_ident())
+        if segment is None:
+            return False
+        segment.needs(self._reset_peak(), self.baseline)
+        return True
+
+    def weighed(self) -> None:
+        """Units have moved: what they took on their way is nobody's activations."""
+        segment = self._segments.get(threading.get_ident())
+        if segment is not None:
+            self._reset_peak()
+            segment.held_nbytes, segment.peak_nbytes = self.residency.held_nbytes, 0
+
+    def _reset_peak(self) -> int:
+        """The peak since it was last reset. The statistic is the device's, not the thread's."""
+        peak = self.lanes.peak_nbytes()
+        self.high_water = max(self.high_water, peak)
+        for segment in self._segments.values():
+            segment.peak_nbytes = max(segment.peak_nbytes, peak)
+        self.lanes.reset_peak()
+        return peak
+
     def discard_measurement(self) -> None:
         """What this thread runs needs more than it was given: it says nothing about its activations."""
         self._segments.pop(threading.get_ident(), None)
@@ -192,11 +215,7 @@ class Engine(Moves):
 
     def _start_segment(self, thread: int, client: Client, component: Component, shape: object) -> None:
         if not client.memory.knows(shape):
-            peak = self.lanes.peak_nbytes()
-            self.high_water = max(self.high_water, peak)
-            for segment in self._segments.values():  # the statistic is the device's, not the thread's
-                segment.peak_nbytes = max(segment.peak_nbytes, peak)
-            self.lanes.reset_peak()
+            self._reset_peak()
             self._segments[thread] = _Segment(client.memory, shape, component, self.residency.held_nbytes)
 
     def _end_segment(self, thread: int, learn: bool = True) -> None:
@@ -315,8 +334,10 @@ class Engine(Moves):
         least = component.smallest_nbytes
         cap = client.memory.cap(shape, component.nbytes, self.available(client), least)
         view, protected = self.residency.view(), self._protected(None)
-        plan = plan_entry(view, None, cap, upcoming, protected, client.settings.prefetch, client.heads)
-        plan = self._lasting(client, plan, cap)
+        share = self._share(component, client, cap)
+        plan = self._scripted(client, None, share, cap, protected) or self._lasting(
+            client, plan_entry(view, None, cap, upcoming, protected, client.settings.prefetch, client.heads), cap
+        )
         plan = dataclasses.replace(plan, drops=self._unbind_readers(plan.drops))
         self._run_ahead(client, self.residency.handle(Prefetched(plan)))
 

@@ -14,7 +14,7 @@ from .config import GIB, MIB, Settings
 from .device import OUT_OF_MEMORY
 from .errors import BudgetError
 from .holdings import Client, Holdings
-from .planner import EntryPlan, lasting, plan_entry
+from .planner import EntryPlan, follow, lasting, plan_entry
 from .residency import Await, Dropped, Entered, Instruction, Load, Needed, Prefetched, State
 from .streaming import Stream
 from .window import Share, Window, share_of
@@ -49,7 +49,10 @@ class Moves(Holdings):
         planned = client.shares.get(component.key)
         known = {u.key for u in component.units}
         if planned is not None and planned.limit_nbytes <= room and component.must <= planned.keep <= known:
-            return planned if len(planned.keep) < len(known) else None
+            if planned.script is None:
+                return planned if len(planned.keep) < len(known) else None
+            if client.settings.prefetch and set(planned.script.units) == known:
+                return planned
         if component.nbytes <= room or not component.streamable:
             return None
         nbytes = {u.key: u.nbytes for u in component.units}
@@ -87,12 +90,13 @@ class Moves(Holdings):
         share = self._share(component, client, cap - others)
         heads = dict(client.heads)
         heads.pop(component.key, None)
+        plan = self._scripted(client, component, share, cap, protected)
         if share is not None:
             first = heads[component.key] = first_units(component, share)
             cap -= share.limit_nbytes - sum(self.units[u].nbytes for u in first)  # its window will fill up
         try:
             prefetch = share is None or share.ahead
-            self._carry_out(component, client, self._plan(component, client, cap, protected, heads, prefetch))
+            self._carry_out(component, client, plan or self._plan(component, client, cap, protected, heads, prefetch))
         except OUT_OF_MEMORY:
             self.recorder.count("ladder")
             client.memory.ran_out(client.shapes[component.key])
@@ -126,6 +130,48 @@ class Moves(Holdings):
             lazily=component.streamable,
         )
         return self._lasting(client, plan, cap)
+
+    def _scripted(
+        self, client: Client, component: Component | None, share: Share | None, cap: int, protected: frozenset[str]
+    ) -> EntryPlan | None:
+        """What a script says about entering `component`, or about the time before; None: there is none, or it does not fit,
+        as when other pipelines hold memory."""
+        if share is None or share.script is None:
+            return None
+        plan = self._following(client, share.script.first(), component, protected)
+        loads = plan.loads
+        if loads is None:
+            loads = tuple(u for u in component.order if self.residency.state(u) is State.HOST) if component is not None else ()
+        nbytes = sum(self.units[u].nbytes for u in (*loads, *plan.prefetches))
+        nbytes -= sum(self.units[u].nbytes for u in plan.drops)
+        return plan if self.residency.held_nbytes + nbytes <= cap else None
+
+    def _following(
+        self, client: Client, target: tuple[str, ...], component: Component | None, protected: frozenset[str]
+    ) -> EntryPlan:
+        """Leave `target` on the device of what is the client's."""
+        mine = {u.key for c in client.components.values() for u in c.units} - protected
+        held = [u for u in self.residency.held() if u in mine or u in target]
+        own = component.order if component is not None else None
+        plan = follow(target, held, own, component is None or component.streamable)
+        ahead = tuple(u for u in plan.prefetches if self.units[u].prefetchable)
+        return dataclasses.replace(plan, prefetches=ahead)
+
+    def follow(self, client: Client, component: Component, target: tuple[str, ...]) -> None:
+        """`component` is about to read a unit, and a script says what is to be there then."""
+        plan = self._following(client, target, None, self._protected(component))
+        if not plan.drops and not plan.prefetches:
+            return
+        own = [u for u in plan.drops if self.recorder.owner[u][0] == component.key]
+        others = self._unbind_readers([u for u in plan.drops if u not in own])
+        cap = self._cap(component, client)
+        nbytes = sum(self.units[u].nbytes for u in plan.prefetches) - sum(self.units[u].nbytes for u in plan.drops)
+        if self.residency.held_nbytes + nbytes > cap:  # other pipelines hold memory
+            self.make_room(client, component, cap - nbytes)
+            others = tuple(u for u in others if u in self.transport.flights)
+        self._leave(component, own)
+        plan = EntryPlan((*own, *others), plan.prefetches)
+        self._run_ahead(client, self.residency.handle(Prefetched(plan)), streamed=True)
 
     def _lasting(self, client: Client, plan: EntryPlan, cap: int) -> EntryPlan:
         """`plan` without what would have to leave again before it is used."""

@@ -134,6 +134,24 @@ def plan_entry(
     return EntryPlan(tuple(drops), tuple(prefetches), held, loads)
 
 
+def follow(target: Sequence[str], held: Iterable[str], own: Sequence[str] | None = None, lazily: bool = True) -> EntryPlan:
+    """The plan that leaves `target` on the device, or on its way, and nothing else.
+
+    Args:
+        target: in the order in which units are to be loaded.
+        held: units on the device now.
+        own, lazily: of the component that is entered, see `plan_entry`; None: none is.
+    """
+    there, wanted = set(held), set(target)
+    drops = tuple(sorted(there - wanted))
+    missing = [u for u in target if u not in there]
+    if own is None:
+        return EntryPlan(drops, tuple(missing))
+    mine = set(own)
+    loads = tuple(u for u in missing if u in mine)
+    return EntryPlan(drops, tuple(u for u in missing if u not in mine), 0, loads if lazily else None)
+
+
 def lasting(
     plan: EntryPlan,
     held: Iterable[str],

@@ -52,6 +52,7 @@ def load_of(component: Component, activation_nbytes: int) -> ComponentLoad:
         activation_nbytes=activation_nbytes,
         must=component.must,
         streamable=component.streamable,
+        apart=all(sum(u not in component.must for u in p.units) <= 1 for p in component.points),
     )
 
 

@@ -3,7 +3,8 @@
     shares = balanced(workload, 8 << 30, Link(25.0))
 
 Components of a few units are searched as they are, all sets that may stay included. Larger ones are searched as a few
-chunks of neighbouring units, and what is found is carried over to the units. The effort is counted in simulated units,
+chunks of neighbouring units, and what is found is carried over to the units. Where a call has so few units that every
+decision can be tried, `schedule` may find a better one than any set that stays. The effort is counted in simulated units,
 never in time, so that the same question always gets the same answer.
 """
 
@@ -16,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from .bound import lower_bound_ms
+from .schedule import MOST_UNITS, scripted
 from .simulator import SIMULATED_PASSES, ComponentLoad, Link, Workload, simulate
 from .window import Share, Window, share_of
 
@@ -41,17 +43,18 @@ def balanced(workload: Workload, budget_nbytes: int, link: Link) -> dict[str, Sh
     """Shares for the shortest steady call."""
     n_units = sum(len(c.units) for c in workload.components.values())
     if n_units <= SMALL_UNITS:
-        return _Search(workload, budget_nbytes, link, THOROUGH_STEPS).shares()
+        found = _Search(workload, budget_nbytes, link, THOROUGH_STEPS).shares()
+        return scripted(workload, budget_nbytes, link, found) if n_units <= MOST_UNITS else found
     coarse = Workload(
         {name: _chunked(c, budget_nbytes - c.activation_nbytes) for name, c in workload.components.items()}, workload.runs
     )
-    found: Mapping[str, Share] = {}
+    rough_shares: Mapping[str, Share] = {}
     if coarse.smallest_budget_nbytes <= budget_nbytes:
-        found = _Search(coarse, budget_nbytes, link, STEPS).shares()
+        rough_shares = _Search(coarse, budget_nbytes, link, STEPS).shares()
     shares: dict[str, Share] = {}
     for name, c in workload.components.items():
         cap = budget_nbytes - c.activation_nbytes
-        rough = found.get(name)
+        rough = rough_shares.get(name)
         if not c.streamable or (rough is None and c.total_nbytes <= cap):
             continue
         shares[name] = _fine(c, coarse.components[name], rough or Share(cap, frozenset()), _passes(workload, name))

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from .planner import EntryPlan, lasting, plan_entry
+from .planner import EntryPlan, follow, lasting, plan_entry
 from .residency import Await, Drop, Dropped, Entered, Instruction, Load, Needed, Prefetched, Residency, State
 from .trace import Level, Span, Timeline
-from .window import Share, Window
+from .window import Scripted, Share, Window, window_of
 
 # Passes of a run that are simulated one by one; those in between repeat the last of them. 2 fill the window and show
 # its steady state, 1 is the last, in which the next component comes in.
@@ -32,6 +32,7 @@ class ComponentLoad:
         activation_nbytes: device memory in use besides weights while it runs.
         must: units read throughout its run; they cannot be streamed.
         streamable: False: all units have to be there at once (a compiled graph, a module with its own `.to()`).
+        apart: no module reads several units at once, those in `must` aside.
     """
 
     units: tuple[str, ...]
@@ -40,6 +41,7 @@ class ComponentLoad:
     activation_nbytes: int = 0
     must: frozenset[str] = frozenset()
     streamable: bool = True
+    apart: bool = True
 
     @property
     def total_nbytes(self) -> int:
@@ -174,7 +176,9 @@ class _Device:
 
     def _streams(self, name: str) -> bool:
         share = self.shares.get(name)
-        return share is not None and not share.keep.issuperset(self.workload.components[name].units)
+        if share is None:
+            return False
+        return share.script is not None or not share.keep.issuperset(self.workload.components[name].units)
 
     def _held_first(self, name: str, entered: bool) -> tuple[str, ...]:
         """What a component that streams holds before it begins, or when it does."""
@@ -224,25 +228,29 @@ class _Device:
         if streams:
             # The window fills up after the entry, without asking again: what it may grow by is not for others.
             room -= self.shares[name].limit_nbytes - sum(component.nbytes[u] for u in self.first[name])
-        plan = plan_entry(
-            self.residency.view(),
-            name,
-            room,
-            upcoming,
-            prefetch=not streams or self.shares[name].ahead,
-            heads={**self.heads, name: self.first[name]} if streams else self.heads,
-            lazily=component.streamable,
-        )
-        plan = self.lasting(plan, room, upcoming)
+        script = self.shares[name].script if streams else None
+        if script is not None:
+            plan = follow(script.first(), self.residency.held(), component.units, component.streamable)
+        else:
+            plan = plan_entry(
+                self.residency.view(),
+                name,
+                room,
+                upcoming,
+                prefetch=not streams or self.shares[name].ahead,
+                heads={**self.heads, name: self.first[name]} if streams else self.heads,
+                lazily=component.streamable,
+            )
+            plan = self.lasting(plan, room, upcoming)
         act = component.activation_nbytes
         self.carry_out(self.residency.handle(Entered(name, plan)), act)
         window: Window | None = None
         if streams:
-            window = Window(component.units, component.nbytes, self.shares[name])
+            window = window_of(component.units, component.nbytes, self.shares[name])
             for unit in self.residency.held():
                 if window.streams(unit):
                     window.arrived(unit)
-        simulated = min(passes, SIMULATED_PASSES)
+        simulated = min(passes, SIMULATED_PASSES if script is None else len(script.rows))
         for number in range(simulated):
             last = number == simulated - 1
             before = self.clock.totals()
@@ -268,7 +276,11 @@ class _Device:
             window.begin()
         for i, unit in enumerate(component.units):
             streamed = window is not None and window.streams(unit)
-            if window is not None and streamed:
+            if isinstance(window, Scripted):
+                plan = follow(window.row(unit) or (), residency.held())
+                if plan.drops or plan.prefetches:
+                    self.carry_out(residency.handle(Prefetched(plan)), act)
+            elif window is not None and streamed:
                 drops, _ = window.need(unit)
                 if drops:
                     self.carry_out(residency.handle(Dropped(tuple(drops))), act)

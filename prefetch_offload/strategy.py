@@ -16,6 +16,7 @@ from functools import cached_property
 from .bound import lower_bound_ms
 from .config import GIB
 from .errors import BudgetError
+from .schedule import CALLS
 from .search import balanced
 from .simulator import Link, Prediction, Workload, simulate
 from .window import Share
@@ -49,7 +50,8 @@ class CallPlan:
     def prediction(self) -> Prediction:
         """The call in its steady state. Simulated when it is first asked for: with thousands of units that takes longer
         than planning."""
-        return simulate(self.workload, self.shares, self.budget_nbytes, self.link)
+        calls = 2 if all(share.script is None for share in self.shares.values()) else CALLS
+        return simulate(self.workload, self.shares, self.budget_nbytes, self.link, calls)
 
 
 def plan_call(workload: Workload, budget_nbytes: int, link: Link, strategy: Strategy | None = None) -> CallPlan:

@@ -13,7 +13,7 @@ from .component import Component
 from .masters import Unit
 from .points import Point, is_traced
 from .residency import State
-from .window import Share, Window
+from .window import Scripted, Share, Window, window_of
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -29,7 +29,6 @@ class Stream:
         passes: how many have begun.
         keeps: gradients are recorded: their graph holds on to weights, wherever those go.
         active: the points that are being called, outermost first.
-        least_held_nbytes: the least that all units of the device took while it ran.
     """
 
     def __init__(self, engine: Engine, client: Client, component: Component, share: Share | None) -> None:
@@ -38,11 +37,11 @@ class Stream:
         self.window: Window | None = None
         nbytes = {u.key: u.nbytes for u in component.units}
         if share is not None:
-            self.window = Window(component.order, nbytes, share)
+            self.window = window_of(component.order, nbytes, share)
         self.passes = 0
-        self.least_held_nbytes = engine.residency.held_nbytes
         self._last = False
         self._turned = -1
+        self._followed = ""  # the unit that the script was followed for last
         self._place = {key: i for i, key in enumerate(component.order)}
         self._readers: dict[str, list[Point]] = {}
         for point in component.points:
@@ -93,6 +92,7 @@ class Stream:
         self.passes += 1
         self._last = last
         self._turned = -1
+        self._followed = ""
         self._measuring = self.passes == 1
         self._visited.clear()
         self._marks.clear()
@@ -131,20 +131,35 @@ class Stream:
         self.active.append(point)
         arrived = engine.lanes.record(engine.lanes.compute()) if self._measuring else None
         state = engine.residency.state
+        weighing = engine.weigh()
+        if isinstance(window, Scripted):
+            self._follow(window, point)
         for unit in point.units:
             if state(unit) is not State.READY:
                 with engine._changing():
                     self._fetch(point.units)
                 break
-        self.least_held_nbytes = min(self.least_held_nbytes, engine.residency.held_nbytes)
+        if weighing:
+            engine.weighed()
         if window is not None and point.number == self.component.first_visit and self._read:
             self._last = False  # round again within one call, as a tiled VAE's decoder goes
             window.begin()
         if arrived is not None:
             self._visited.append(point)
             self._marks.append((point, arrived, engine.lanes.record(engine.lanes.compute())))
+        elif isinstance(window, Scripted):
+            pass
         elif window is None or not (self._last or any(map(window.streams, point.units))):
             point.remove()  # it stays: nothing to await from now on
+
+    def _follow(self, window: Scripted, point: Point) -> None:
+        for unit in point.units:
+            row = window.row(unit) if unit != self._followed else None
+            if row is not None:
+                self._followed = unit
+                with self.engine._changing():
+                    self.engine.follow(self.client, self.component, row)
+                    self.resync()
 
     def _fetch(self, units: tuple[str, ...]) -> None:
         engine, window = self.engine, self.window
@@ -175,6 +190,12 @@ class Stream:
         window = self.window
         if window is None:
             return
+        weighing = self.engine.weigh()
+        self._done_with(window, point)
+        if weighing:
+            self.engine.weighed()
+
+    def _done_with(self, window: Window, point: Point) -> None:
         for unit in sorted(point.units, key=self._place.__getitem__) if len(point.units) > 1 else point.units:
             if self._final.get(unit) is not point or any(unit in outer.units for outer in self.active):
                 continue

@@ -13,6 +13,24 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class Script:
+    """What is on the device at every read of a component's run, where that was found by trying (`schedule`).
+
+    Attributes:
+        units: the component's, in order of use.
+        rows: by pass and unit, the units of all components that are there, or on their way, when that unit is read; those
+            that are to be loaded first come first. Passes behind the last are like it.
+    """
+
+    units: tuple[str, ...]
+    rows: tuple[tuple[tuple[str, ...], ...], ...]
+
+    def first(self) -> tuple[str, ...]:
+        """What is there, or on its way, when the component begins."""
+        return self.rows[0][0]
+
+
+@dataclass(frozen=True)
 class Share:
     """What a component larger than its room may hold while it runs.
 
@@ -25,6 +43,7 @@ class Share:
             room for. Of the others' they are dropped last, and prefetched.
         late: streamed units that do not come before the unit before them has been read: with few large units, another
             one may make better use of their room until then.
+        script: all of that read by read, instead; for calls of a few large units.
     """
 
     limit_nbytes: int
@@ -32,6 +51,7 @@ class Share:
     ahead: bool = False
     head: frozenset[str] | None = None
     late: frozenset[str] = frozenset()
+    script: Script | None = None
 
 
 def share_of(
@@ -239,3 +259,35 @@ class Window:
             self.order = tuple(u for u in self.order if u != unit)
             self._index = {u: i for i, u in enumerate(self.order)}
             self._from = self._run = 0
+
+
+class Scripted(Window):
+    """A window that follows a script. The engine moves what a row says; the rules are for what the device refused."""
+
+    def __init__(self, order: Sequence[str], nbytes: Mapping[str, int], share: Share) -> None:
+        super().__init__(order, nbytes, share)
+        assert share.script is not None
+        self._script = share.script
+        self._place = {u: i for i, u in enumerate(share.script.units)}
+        self._pass = -1
+
+    def begin(self) -> None:
+        super().begin()
+        self._pass += 1
+
+    def row(self, unit: str) -> tuple[str, ...] | None:
+        """What is to be there when `unit` is read; None: the script does not know the unit."""
+        rows = self._script.rows
+        place = self._place.get(unit)
+        return None if place is None else rows[min(max(self._pass, 0), len(rows) - 1)][place]
+
+    def done(self, unit: str, last: bool) -> tuple[list[str], list[str]]:
+        return [], []
+
+    def finished(self) -> bool:
+        return False  # what comes in a last pass is in the script
+
+
+def window_of(order: Sequence[str], nbytes: Mapping[str, int], share: Share) -> Window:
+    """The window that `share` asks for."""
+    return (Window if share.script is None else Scripted)(order, nbytes, share)

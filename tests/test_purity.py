@@ -21,6 +21,7 @@ PURE_MODULES = (
     "memory",
     "planner",
     "residency",
+    "schedule",
     "search",
     "shapes",
     "simulator",
