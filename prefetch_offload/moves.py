@@ -159,7 +159,7 @@ class Moves(Holdings):
 
     def follow(self, client: Client, component: Component, target: tuple[str, ...]) -> None:
         """`component` is about to read a unit, and a script says what is to be there then."""
-        plan = self._following(client, target, None, self._protected(component))
+        plan = self._following(client, target, None, self._protected(component) | component.must)
         if not plan.drops and not plan.prefetches:
             return
         own = [u for u in plan.drops if self.recorder.owner[u][0] == component.key]
