@@ -1,4 +1,4 @@
-"""The command line: `prefetch-offload run | demo | doctor | plan`. Options here, what they do in `commands`."""
+"""The command line: `prefetch-offload run | demo | bench | doctor | plan`. Options here, what they do in `commands`."""
 
 from __future__ import annotations
 
@@ -111,6 +111,37 @@ def demo(
     from .commands.demo import demo as _demo
 
     _finish(_demo(out, device, _console()))
+
+
+@app.command()
+@reported
+def bench(
+    model: Annotated[str, typer.Option(help="A folder in diffusers' format, or a model of the hub.")],
+    prompt: Annotated[str, typer.Option(help="What to make a picture of.")] = "a serene lake at dawn",
+    budget: Annotated[
+        list[str] | None, typer.Option(help="Ours in these budgets, too, like 8GiB or 8GiB,12GiB; may be repeated.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Inference steps.")] = None,
+    width: Annotated[int | None, typer.Option(min=1)] = None,
+    height: Annotated[int | None, typer.Option(min=1)] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16 or bfloat16. Default: bfloat16, simulated float32.")
+    ] = None,
+    device: Device = None,
+    simulate: Simulate = False,
+    calls: Annotated[int, typer.Option(min=2, help="Of each way; the first is not counted.")] = 3,
+    out: Annotated[Path | None, typer.Option(help="Write results.csv and curve.png into this folder.")] = None,
+    resident: Annotated[bool, typer.Option(help="Also with everything on the device; skip it where it cannot fit.")] = True,
+    debug: Debug = False,
+) -> None:
+    """Your model on your GPU: resident, stock offload, and this package in each budget. Exit code 1: images differ."""
+    from .commands.bench import Request
+    from .commands.bench import bench as _bench
+
+    request = Request(
+        model, prompt, tuple(budget or ()), steps, width, height, dtype, device, simulate, calls, out, resident
+    )
+    _finish(_bench(request, _console()))
 
 
 @app.command()

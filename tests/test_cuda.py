@@ -1,4 +1,4 @@
-"""The main claim on a real GPU. Everything here is skipped without one; benchmarks/gpu.sh runs it."""
+"""The main claim on a real GPU. Everything here is skipped without one; `python -m benchmarks.gpu_suite` runs it."""
 
 from __future__ import annotations
 

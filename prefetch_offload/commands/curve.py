@@ -86,7 +86,14 @@ def unit_of(nbytes: int) -> tuple[str, int]:
     return ("GiB", GIB) if nbytes >= GIB else ("MiB", MIB)
 
 
-def draw(lines: Sequence[Line], title: str, path: Path, marks: Sequence[Mark] = (), unit: str = "GiB") -> None:
+def draw(
+    lines: Sequence[Line],
+    title: str,
+    path: Path,
+    marks: Sequence[Mark] = (),
+    unit: str = "GiB",
+    subtitle: str = "predicted, a call after the first",
+) -> None:
     """Write a PNG: seconds a call over the device memory that it may take, which is in `unit`.
 
     Raises:
@@ -116,7 +123,7 @@ def draw(lines: Sequence[Line], title: str, path: Path, marks: Sequence[Mark] = 
         axes.set_xlabel(f"device memory for weights and activations ({unit})")
         axes.set_ylabel("seconds a call")
         figure.suptitle(title, fontsize=12, fontweight="bold", x=0.01, ha="left")
-        axes.set_title("predicted, a call after the first", loc="left", fontsize=10)
+        axes.set_title(subtitle, loc="left", fontsize=10)
         axes.grid(color="#E5E5E5", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
