@@ -21,9 +21,8 @@ FEWEST_WORDS = 3  # a message with fewer fixed words cannot be told from others,
 
 # Keywords of other packages that the pages use in calls; everything else has to be a setting or an argument of ours.
 FOREIGN = {
-    "backend", "controlnet", "device_map", "dtype", "dynamic", "freezing", "fullgraph", "hotswap", "image", "ip_adapter_image",
-    "lora_scale", "mode", "num_inference_steps", "torch_dtype", "weight_name", "subfolder", "adapter_name", "adapter_weights",
-    "callback_on_step_end", "target", "name",
+    "dynamic", "fullgraph", "hotswap", "low_cpu_mem_usage", "mode", "non_blocking", "options", "record_stream", "safe_fusing",
+    "use_stream",
 }  # fmt: skip
 
 
@@ -136,6 +135,11 @@ class Message:
         return max((len(re.findall(r"\w+", part)) for part in self.text.split(GAP)), default=0)
 
 
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 OUR_ERRORS = re.compile(r"\w*(Error|Unavailable|Warning)$")
 
 
@@ -176,9 +180,8 @@ def messages_of(name: str, tree: ast.Module) -> Iterator[Message]:
         if isinstance(node, ast.FunctionDef):
             returned = [n.value for n in ast.walk(node) if isinstance(n, ast.Return) and n.value is not None]
             resolve[node.name + "()"] = returned if node.returns and ast.unparse(node.returns) == "str" else []
-        elif isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
-            if isinstance(node.value, ast.JoinedStr | ast.Constant):
-                resolve.setdefault(node.targets[0].id, []).append(node.value)
+        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.JoinedStr | ast.Constant):
+            resolve.setdefault(ast.unparse(node.targets[0]), []).append(node.value)
 
     for node in ast.walk(tree):
         said: list[ast.expr] = []
@@ -197,7 +200,7 @@ def messages_of(name: str, tree: ast.Module) -> Iterator[Message]:
 
 @functools.cache
 def messages() -> tuple[Message, ...]:
-    found = [m for p in SOURCES for m in messages_of(str(p.relative_to(ROOT)), ast.parse(p.read_text()))]
+    found = [m for p in SOURCES for m in messages_of(str(p.relative_to(ROOT)), tree_of(p))]
     return tuple(m for m in found if m.words >= FEWEST_WORDS)
 
 
@@ -206,7 +209,7 @@ def texts() -> tuple[str, ...]:
     """Every text in the source that is not a docstring, for what is quoted besides errors and warnings."""
     found = []
     for path in SOURCES:
-        tree = ast.parse(path.read_text())
+        tree = tree_of(path)
         docstrings = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr)}
         for node in ast.walk(tree):
             if isinstance(node, ast.JoinedStr | ast.Constant | ast.BinOp) and id(node) not in docstrings:
@@ -232,9 +235,9 @@ def matches(quote: str, text: str) -> bool:
 
 
 def test_quoted_messages_are_in_the_source() -> None:
-    known = [*(m.text for m in messages()), *texts()]
     assert len(quotes()) > 50
-    wrong = [f"{TROUBLES.name}:{n}: {q}" for n, q in quotes() if not any(matches(q, text) for text in known)]
+    other = [(n, q) for n, q in quotes() if not any(matches(q, m.text) for m in messages())]
+    wrong = [f"{TROUBLES.name}:{n}: {q}" for n, q in other if not any(matches(q, text) for text in texts())]
     assert not wrong, "\n".join(wrong)
     short = [q for _, q in quotes() if Message("", q).words < 2]
     assert not short, "too short to be found by"
@@ -253,7 +256,7 @@ def test_no_message_is_quoted_twice() -> None:
 
 # ---------------------------------------------------------------------------------- settings, names, commands, files
 def class_body(path: str, name: str) -> list[ast.stmt]:
-    tree = ast.parse((ROOT / path).read_text())
+    tree = tree_of(ROOT / path)
     return next(n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name)
 
 
@@ -296,8 +299,6 @@ def test_settings_exist(page: Path) -> None:
     for line, node in python_in(page):
         if isinstance(node, ast.Call) and ours(node):
             wrong += [f"{line}: {k.arg}" for k in node.keywords if k.arg is not None and k.arg not in known]
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and page != TROUBLES:
-            continue  # a span like `budget="8GiB"` is looked at below, as text
     for number, line in split(page)[0]:
         for span in spans(line):
             named = re.match(r"([a-z_]+)=(?!=)\S", span)
@@ -308,12 +309,18 @@ def test_settings_exist(page: Path) -> None:
         if heading:
             rows = [text for n, text in split(page)[0] if n > number + 1]
             for row in rows[: next((i for i, r in enumerate(rows) if not r.startswith("|")), len(rows))]:
-                wrong += [f"{number}: {name}" for name in spans(row.split("|")[1]) if name not in known]
+                wrong += [f"{number}: {name}" for name in spans(row.split("|")[1]) if name not in settings()]
     assert not wrong, f"{page.name}: no such settings: {wrong}"
 
 
 def test_every_setting_is_documented() -> None:
-    told = {name for page in PAGES for _, line in split(page)[0] if line.startswith("|") for name in spans(line.split("|")[1])}
+    told = {
+        name
+        for page in PAGES
+        for _, line in split(page)[0]
+        if line.startswith("|")
+        for name in spans(line.split("|")[1])
+    }
     assert settings() <= told
 
 
@@ -327,7 +334,7 @@ def test_attributes_of_the_handle_exist(page: Path) -> None:
         "plan": fields("prefetch_offload/report.py", "Plan"),
     }
     exported = set(ast.literal_eval(next(
-        n.value for n in ast.parse((ROOT / "prefetch_offload/__init__.py").read_text()).body
+        n.value for n in tree_of(ROOT / "prefetch_offload/__init__.py").body
         if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__"
     )))  # fmt: skip
     packages = {p.stem for p in (ROOT / "prefetch_offload").glob("*.py")} | {"testing", "commands"}
@@ -346,7 +353,7 @@ def test_attributes_of_the_handle_exist(page: Path) -> None:
 @functools.cache
 def commands() -> dict[str, frozenset[str]]:
     """The commands of the command line and their options."""
-    tree = ast.parse((ROOT / "prefetch_offload/cli.py").read_text())
+    tree = tree_of(ROOT / "prefetch_offload/cli.py")
     aliases = {ast.unparse(n.targets[0]): n.value for n in tree.body if isinstance(n, ast.Assign)}
     made = {}
     for node in tree.body:
@@ -375,7 +382,9 @@ def test_commands_and_options_exist(page: Path) -> None:
             if command not in commands():
                 wrong.append(f"{number}: prefetch-offload {command}")
                 continue
-            wrong += [f"{number}: {w}" for w in words if w.startswith("--") and w.split("=")[0] not in commands()[command]]
+            wrong += [
+                f"{number}: {w}" for w in words if w.startswith("--") and w.split("=")[0] not in commands()[command]
+            ]
     assert not wrong, f"{page.name}: {wrong}"
 
 
@@ -388,10 +397,14 @@ def test_files_and_modules_exist(page: Path) -> None:
     ]  # fmt: skip
     for module in re.findall(r"python -m ((?:benchmarks|prefetch_offload|prefetch_offload_kernels)[\w.]*)", text):
         path = module.replace(".", "/")
-        if not any((ROOT / base / f"{path}{end}").exists() for base in ("", "kernels") for end in (".py", "/__main__.py")):
+        if not any(
+            (ROOT / base / f"{path}{end}").exists() for base in ("", "kernels") for end in (".py", "/__main__.py")
+        ):
             wrong.append(module)
     project = (ROOT / "pyproject.toml").read_text()
-    extras = re.findall(r"^(\w+) = \[", project.partition("[project.optional-dependencies]")[2].partition("\n[")[0], re.M)
+    extras = re.findall(
+        r"^(\w+) = \[", project.partition("[project.optional-dependencies]")[2].partition("\n[")[0], re.M
+    )
     wrong += [e for e in re.findall(r"prefetch-offload\[(\w+)\]", text) if e not in extras]
     assert not wrong, f"{page.name}: {wrong}"
 
@@ -407,7 +420,10 @@ def test_every_result_is_explained() -> None:
 # ------------------------------------------------------------------------------------------------ that it can fail
 def test_what_is_wrong_is_found(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text("# A `b`: c\n\n[here](#a-b-c) [gone](#a) [file](none.md) `[code](none.md)`\n\n## A `b`: c\n\n[two](#a-b-c-1)\n")
+    heading = "# A `b`: c\n\n"
+    page.write_text(
+        heading + "[here](#a-b-c) [gone](#a) [file](none.md) `[code](none.md)`\n\n" + heading + "[two](#a-b-c-1)\n"
+    )
     assert [line.split(": ")[1] for line in broken_links(page)] == ["#a", "none.md"]
     source = (
         "def _say(x) -> str:\n    return f'{x} cannot be done in pieces'\n"
@@ -417,5 +433,10 @@ def test_what_is_wrong_is_found(tmp_path: Path) -> None:
         "def i(x):\n    warnings.warn('this one is slow', OffloadWarning)\n    raise typer.Exit('not a message')\n"
     )
     found = {m.text for m in messages_of("m.py", ast.parse(source))}
-    assert found == {"late … at once and more", "…: one two three …", "… … cannot be done in pieces", "this one is slow"}
+    assert found == {
+        "late … at once and more",
+        "…: one two three …",
+        "… … cannot be done in pieces",
+        "this one is slow",
+    }
     assert matches("…: one two three", "…: one two three …") and not matches("one two four", "…: one two three …")
