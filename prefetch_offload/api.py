@@ -10,14 +10,17 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from . import virtual
 from .adapter import pipeline as adapter
 from .adapter.hooks import Session, unwrap
+from .addresses import NO_ARENA
 from .adoption import check_tensors, smallest_nbytes
 from .captured import refuse
 from .config import GIB, Settings
 from .errors import BudgetError, SettingError, UnsupportedError
 from .handle import Offload
 from .holdings import Client, rehooking
+from .masters import component_nbytes
 
 
 def enable(
@@ -74,6 +77,8 @@ def apply(pipe: DiffusionPipeline, gpu_id: int | None, device: torch.device | st
         if name not in pipe._exclude_from_cpu_offload:
             refuse(name, module)
     check_budget(pipe, settings)
+    if settings.stable_addresses:
+        check_addresses(pipe, settings, device)
     before = adapter.offload_of(pipe)
     base = adapter.base_class(pipe)
     session = _session(before, settings)
@@ -146,6 +151,24 @@ def check_budget(pipe: DiffusionPipeline, settings: Settings) -> None:
             f"budget={budget} bytes ({budget / GIB:.2f} GiB) is too small for {largest}: streamed block by block, its weights "
             f"take {sizes[largest]} bytes ({sizes[largest] / GIB:.2f} GiB) at once. Give at least that much, and room for "
             "activations; a smaller `unit_max` makes blocks smaller."
+        )
+
+
+def check_addresses(pipe: DiffusionPipeline, settings: Settings, device: torch.device | str | None) -> None:
+    """Refuse addresses for life where they take memory for life, and more than the budget.
+
+    Raises:
+        BudgetError: with what they take.
+    """
+    where = torch.device(device) if device is not None else torch.accelerator.current_accelerator()
+    if where is None or settings.budget is None or virtual.driver_for(where) is not None:
+        return
+    modules = [m for n, m in pipe.components.items() if n not in pipe._exclude_from_cpu_offload and isinstance(m, nn.Module)]
+    nbytes = sum(component_nbytes(m) for m in modules)
+    if settings.budget == "stock" or nbytes > settings.budget:
+        raise BudgetError(
+            f"stable_addresses=True on {where}: all weights, {nbytes} bytes ({nbytes / GIB:.2f} GiB), take device memory for "
+            f"good, which is more than budget={settings.budget!r} allows. {NO_ARENA}"
         )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .compiling import inductor_settings
 from .config import MIB
 from .errors import UnsupportedError
 from .points import traced
@@ -115,7 +116,7 @@ def refuse_frozen(name: str, module: nn.Module, compiled: frozenset[int] | None 
 
 
 def _refuse_frozen_call(name: str, call: Any) -> None:
-    settings = _inductor_settings(call)
+    settings = inductor_settings(call)
     if settings is None:
         return
     if settings.get("freezing") or getattr(sys.modules.get("torch._inductor.config"), "freezing", False):
@@ -125,19 +126,6 @@ def _refuse_frozen_call(name: str, call: Any) -> None:
             "torch._inductor.config.freezing = False (TORCHINDUCTOR_FREEZING=0, or no 'freezing' in the options of "
             "torch.compile) and compile again, or leave the component out with `pipe._exclude_from_cpu_offload`."
         )
-
-
-def _inductor_settings(call: Any) -> dict[str, Any] | None:
-    """The settings that a call was compiled by Inductor with; None: it was not."""
-    call = getattr(call, "point_of", call)
-    ask = getattr(call, "get_compiler_config", None)
-    if ask is None:
-        return None
-    try:
-        found = ask()
-    except Exception:
-        return None  # a private matter of this PyTorch's
-    return found if isinstance(found, dict) else None
 
 
 def refuse_compiled(component: Component, call: Any) -> None:

@@ -10,6 +10,7 @@ since the last look; where a version of PyTorch lacks one, the figure is None, w
 from __future__ import annotations
 
 import dataclasses
+import sys
 import threading
 import warnings
 import weakref
@@ -18,12 +19,17 @@ from types import CodeType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import nn
 
 from .errors import OffloadWarning
 
 if TYPE_CHECKING:
     from .component import Component
     from .masters import Master
+
+
+# Where a module keeps what was compiled of it.
+_COMPILED = ("_compiled_call_impl", "forward", "decode", "encode")
 
 
 @dataclasses.dataclass
@@ -254,6 +260,31 @@ class CompileWatch:
 def _told(code: CodeType, reasons: list[str]) -> str:
     """The last reason is about the compilation that came closest."""
     return f"{code.co_name} ({code.co_filename}:{code.co_firstlineno}): {'; '.join(dict.fromkeys(reasons))}"
+
+
+def inductor_settings(call: Any) -> dict[str, Any] | None:
+    """The settings that a call was compiled by Inductor with; None: it was not."""
+    call = getattr(call, "point_of", call)
+    ask = getattr(call, "get_compiler_config", None)
+    if ask is None:
+        return None
+    try:
+        found = ask()
+    except Exception:
+        return None  # a private matter of this PyTorch's
+    return found if isinstance(found, dict) else None
+
+
+def uses_cuda_graphs(module: nn.Module, call: Any) -> bool:
+    """Whether `module`, or some of it, is compiled by Inductor with CUDA graphs: ``mode="reduce-overhead"``, say.
+
+    Args:
+        call: what is about to run, if that is compiled code around all of the module.
+    """
+    if "torch._inductor.config" not in sys.modules:
+        return False
+    calls = [call, *(part.__dict__.get(key) for part in module.modules() for key in _COMPILED)]
+    return any((inductor_settings(each) or {}).get("triton.cudagraphs") for each in calls if each is not None)
 
 
 watch = CompileWatch()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from torch import nn
 
 from .adoption import build_units
 from .casting import keep_twins
+from .compiling import uses_cuda_graphs
 from .config import Settings
 from .host import Pins
 from .masters import CarriedUnit, Master, SlabUnit, Unit, modules_of, tensors_of, version_of
@@ -43,6 +45,9 @@ class Component:
         found: those.
         traced: identities of the modules below whose calls go through compiled code.
         whole: its last call went through compiled code that reads all of it, so that nothing can be awaited inside.
+        graphs: it is compiled with CUDA graphs, which need it to keep its addresses.
+        stable: its units keep their addresses.
+        fixed: they do, and give no memory back when they leave: nothing is gained by streaming it.
         least_nbytes: the fewest bytes of weights that it can run with: what stays, and what one point reads.
         order: keys of its units in order of use, by its last measured pass.
         visits: by number of a point, the place of its last call in that pass.
@@ -95,6 +100,8 @@ class Component:
         self.found: set[str] = set()
         self.traced: frozenset[int] = frozenset()
         self.whole = False
+        self.graphs = self.stable = self.fixed = False
+        self._looked: tuple[frozenset[int], int] = frozenset(), 0  # what was compiled when CUDA graphs were last looked for
         self.least_nbytes = 0
         self.order: tuple[str, ...] = ()
         self.visits: dict[int, int] = {}
@@ -223,10 +230,20 @@ class Component:
         self._chart()
         return True
 
+    def look_for_graphs(self, call: Any) -> None:
+        """Find out whether it is compiled with CUDA graphs, if what is compiled of it has changed. `call`: compiled code around
+        all of it that is about to run."""
+        if isinstance(call, functools.partial):  # the call of an OptimizedModule
+            call = call.args[0].__dict__.get("forward")
+        looked = traced(self._modules), id(call)
+        if (looked[0] or call is not None) and looked != self._looked:
+            self._looked = looked
+            self.graphs = uses_cuda_graphs(self.module, call)
+
     @property
     def streamable(self) -> bool:
         """It can run with some of its units at a time."""
-        return bool(self.points) and not self.whole and len(self.must) < len(self.units)
+        return bool(self.points) and not self.whole and not self.fixed and len(self.must) < len(self.units)
 
     @property
     def smallest_nbytes(self) -> int:

@@ -75,6 +75,9 @@ class Settings:
         strategy: how shares of the device are planned, a callable as in `prefetch_offload.strategy`; None: `balanced`.
         strict_compile: a recompile or a graph break while a component runs is an error (`RecompileError`), raised once its call
             has returned.
+        stable_addresses: every unit keeps its device address for life, as CUDA graphs need. Where the device has no virtual
+            memory for it (CUDA with cuda-bindings), all units take device memory for good, within the budget. None: for
+            components that are compiled with CUDA graphs.
         verify: record every stream operation and check it for hazards (`Offload.hazards`). Slow; for tests.
     """
 
@@ -89,6 +92,7 @@ class Settings:
     fingerprints: bool = True
     strategy: Callable[..., Any] | None = None
     strict_compile: bool = False
+    stable_addresses: bool | None = None
     verify: bool = False
 
     @classmethod
@@ -114,8 +118,11 @@ class Settings:
                 if value is not None and not callable(value):
                     raise SettingError(f"strategy={value!r}: give a callable (workload, budget_nbytes, link) -> shares.")
                 values[name] = value
+            elif known[name].type == "bool | None" and value is None:
+                values[name] = None
             elif not isinstance(value, bool):
-                raise SettingError(f"{name}={value!r}: give True or False.")
+                how = ", or None to have it found out" if known[name].type == "bool | None" else ""
+                raise SettingError(f"{name}={value!r}: give True or False{how}.")
             else:
                 values[name] = value
         made = cls(**values)

@@ -12,6 +12,11 @@ Order on the device is by events only. Every record and wait of the engine goes 
 5. STAGE_AFTER_COPY (the host waits): a half of the pinned ring is refilled only after the copy out of it.
 6. WRITE_BACK_AFTER_USE: what another stream may have changed is read back only behind it.
 7. RETIRE_AFTER_COPY (the host waits): host memory is unpinned or given back only after the last copy out of it.
+
+And where units keep their addresses ([Note: stable addresses]):
+
+8. COPY_AFTER_REUSE: memory that a unit has left is written again only after that unit's last use.
+9. UNMAP_AFTER_USE (the host waits, or asks): nothing is unmapped that may still be read.
 """
 
 from __future__ import annotations
@@ -29,6 +34,8 @@ FREE_AFTER_UNUSED_COPY = "free after unused copy"
 STAGE_AFTER_COPY = "stage after copy"
 RETIRE_AFTER_COPY = "retire after copy"
 WRITE_BACK_AFTER_USE = "write back after use"
+COPY_AFTER_REUSE = "copy after reuse"
+UNMAP_AFTER_USE = "unmap after use"
 
 _HOST = -1  # the host thread, as a stream of the checker's
 _ENQUEUED = -1  # the event that orders the copy stream behind it
@@ -51,6 +58,7 @@ class Lanes:
 
     Attributes:
         device: with an index.
+        unseen_nbytes: device bytes that weights take and PyTorch's allocator does not count.
         copy: the copy stream; it exists so that host-to-device copies run beside compute. There is one, since one
             engine serves the link in each direction and two would only interleave.
         hazards: what the checker objected to, when `verify` is on.
@@ -63,6 +71,7 @@ class Lanes:
         self.hazards: list[Hazard] = []
         self._checker = HazardChecker() if verify else None
         self._events: dict[int, tuple[int, torch.Event]] = {}
+        self._besides = self._most_besides = self.unseen_nbytes = self._most_unseen = 0
 
     @property
     def simulated(self) -> bool:
@@ -94,6 +103,13 @@ class Lanes:
         """The host waits for `event`."""
         event.synchronize()
         self._note_event("host_wait", self.copy, event, why)
+
+    def happened(self, event: torch.Event, why: str) -> bool:
+        """Whether `event` has happened. If so, it is as if the host had waited for it."""
+        if not event.query():
+            return False
+        self._note_event("host_wait", self.copy, event, why)
+        return True
 
     def synchronize(self) -> None:
         """The host waits for everything on the device: only in teardown and recovery."""
@@ -136,14 +152,31 @@ class Lanes:
     def total_nbytes(self) -> int:
         return int(self.module.mem_get_info(self.device)[1])
 
+    def counts_besides(self, unseen_nbytes: int, idle_nbytes: int) -> None:
+        """So many bytes of the device are taken that PyTorch's allocator does not count; and of all that is taken, so many
+        hold no weights, and will again or are about to be given back."""
+        self.unseen_nbytes, self._besides = unseen_nbytes, unseen_nbytes - idle_nbytes
+        self._most_unseen = max(self._most_unseen, self.unseen_nbytes)
+        self._most_besides = max(self._most_besides, self._besides)
+
     def allocated_nbytes(self) -> int:
-        return int(self.module.memory_allocated(self.device))
+        """What is in use."""
+        return int(self.module.memory_allocated(self.device)) + self._besides
+
+    def reserved_nbytes(self) -> int:
+        """What PyTorch's allocator has taken from the device."""
+        return int(self.module.memory_reserved(self.device))
 
     def peak_nbytes(self) -> int:
-        """The allocator's peak since it was last reset."""
-        return int(self.module.max_memory_allocated(self.device))
+        """The peak of `allocated_nbytes` since it was last reset; at most, where the allocator does not count all."""
+        return int(self.module.max_memory_allocated(self.device)) + self._most_besides
+
+    def peak_taken_nbytes(self) -> int:
+        """The same of what was taken, in use or not."""
+        return int(self.module.max_memory_allocated(self.device)) + self._most_unseen
 
     def reset_peak(self) -> None:
+        self._most_besides, self._most_unseen = self._besides, self.unseen_nbytes
         self.module.reset_peak_memory_stats(self.device)
 
     def empty_cache(self) -> None:

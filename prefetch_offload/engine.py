@@ -104,6 +104,7 @@ class Engine(Moves):
                 self._take_baseline(client)
             if component.compiled_since():
                 self._register(component)
+            self._address(component, client)
             component.whole = whole or id(component.module) in component.traced
             client.entered.add(component.key)
             if switched:
@@ -114,6 +115,7 @@ class Engine(Moves):
             client.shapes[component.key] = shape
             if first or not client.available:
                 client.available = self.available(client)
+            self._place(component, client)
             self._make_ready(component, client, self._cap(component, client))
             if not component.bound:
                 component.bind(lambda unit: self.residency.state(unit.key) is State.READY)
@@ -176,7 +178,7 @@ class Engine(Moves):
     def _reset_peak(self) -> int:
         """The peak since it was last reset. The statistic is the device's, not the thread's."""
         peak = self.lanes.peak_nbytes()
-        self.high_water = max(self.high_water, peak)
+        self.high_water = max(self.high_water, self.lanes.peak_taken_nbytes())
         for segment in self._segments.values():
             segment.peak_nbytes = max(segment.peak_nbytes, peak)
         self.lanes.reset_peak()
@@ -214,14 +216,18 @@ class Engine(Moves):
             self.baseline = max(0, self.lanes.allocated_nbytes() - self.residency.held_nbytes)
 
     def _start_segment(self, thread: int, client: Client, component: Component, shape: object) -> None:
-        if not client.memory.knows(shape):
+        known = client.memory.knows(shape)
+        if not known or self.lanes.unseen_nbytes:
             self._reset_peak()
+        if not known:
             self._segments[thread] = _Segment(client.memory, shape, component, self.residency.held_nbytes)
 
     def _end_segment(self, thread: int, learn: bool = True) -> None:
         segment = self._segments.pop(thread, None)
         peak = self.lanes.peak_nbytes()
-        self.high_water = max(self.high_water, peak)
+        self.high_water = max(self.high_water, self.lanes.peak_taken_nbytes())
+        if self.lanes.unseen_nbytes:  # what the allocator does not count has its peak at another time
+            self._reset_peak()
         if segment is not None and learn:
             needs = segment.needs(peak, self.baseline)
             segment.memory.learn(segment.shape, needs, segment.weight_nbytes)
@@ -332,7 +338,8 @@ class Engine(Moves):
         if component is None:
             return
         least = component.smallest_nbytes
-        cap = client.memory.cap(shape, component.nbytes, self.available(client), least)
+        cap = client.memory.cap(shape, component.nbytes, self.available(client), least) - self._idle_beside(component)
+        self._within(cap, at_once=False)
         view, protected = self.residency.view(), self._protected(None)
         share = self._share(component, client, cap)
         plan = self._scripted(client, None, share, cap, protected) or self._lasting(

@@ -90,7 +90,7 @@ class Offload:
 
     @budget.setter
     def budget(self, value: int | str | None) -> None:
-        from .api import check_budget
+        from .api import check_addresses, check_budget
 
         pipe, client = self._pipe(), self._session.client
         settings = dataclasses.replace(self.settings, budget=parse_budget(value))
@@ -99,6 +99,8 @@ class Offload:
         if client.calling:
             raise SettingError("the pipeline is being called: set its budget between two calls.")
         check_budget(pipe, settings)
+        if settings.stable_addresses:
+            check_addresses(pipe, settings, self.device)
         self._session.settings = client.settings = settings
         self._engine.rebudget(client, settings.budget)
 

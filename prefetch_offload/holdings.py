@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from types import TracebackType
@@ -12,14 +13,15 @@ from types import TracebackType
 import torch
 from torch import nn
 
+from .addresses import Addresses, addresses_for
 from .adoption import needs_native_move
 from .calls import CallOrder, Memory
 from .component import Component
 from .config import Settings
 from .device import OUT_OF_MEMORY, Lanes
-from .errors import OffloadError
+from .errors import OffloadError, OffloadWarning
 from .host import Pins
-from .masters import Unit, modules_of
+from .masters import SlabUnit, Unit, modules_of
 from .native import NativeComponent
 from .planner import EntryPlan
 from .recorder import Recorder
@@ -124,6 +126,7 @@ class Holdings:
         self.residency = Residency()
         self.recorder = Recorder(self.lanes)
         self.lock = threading.RLock()
+        self.addresses: Addresses | None = None  # where some component's units keep theirs
         self.components: dict[str, weakref.ref[Component]] = {}
         self._by_module: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Component]] = weakref.WeakKeyDictionary()
         self.units: dict[str, Unit] = {}
@@ -275,6 +278,8 @@ class Holdings:
                     self._forget_unit(unit)
             for unit in component.units:
                 if unit.key not in self.units:
+                    if component.stable and isinstance(unit, SlabUnit):
+                        unit.settle_at(self.addresses)
                     self.units[unit.key] = unit
                     self.residency.add_unit(unit.key, unit.nbytes, unit.prefetchable)
                     self.recorder.owner[unit.key] = (component.key, component.name)
@@ -286,6 +291,38 @@ class Holdings:
 
     def _register(self, component: Component) -> None:
         self.residency.set_component(component.key, component.order)
+
+    def _address(self, component: Component, client: Client) -> None:
+        """Let the component's units have addresses for life, or none any more, as the client wants it."""
+        wanted = client.settings.stable_addresses
+        stable = component.graphs if wanted is None else wanted
+        if stable is component.stable:
+            return
+        if stable and self.addresses is None:
+            self.addresses = addresses_for(self.lanes)
+        if component.bound:
+            self._unbind(component)
+        units = [u for u in self._units_of(component.key) if isinstance(u, SlabUnit)]
+        if not units:
+            component.stable = stable
+            return
+        self._drop([u.key for u in units if u.key in self.transport.flights])
+        component.stable = stable
+        component.fixed = stable and self.addresses is not None and self.addresses.permanent
+        for unit in units:
+            unit.settle_at(self.addresses if stable else None)
+            self.residency.remove_unit(unit.key)
+            self.residency.add_unit(unit.key, unit.nbytes, unit.prefetchable)
+        component._chart()
+        self._register(component)
+        carried = [m.name for u in component.units if not isinstance(u, SlabUnit) for m in u.masters if m.tensor.numel()]
+        if carried and wanted:
+            warnings.warn(
+                f"{component.name}.{carried[0]}{f' (and {len(carried) - 1} more)' if len(carried) > 1 else ''} is moved by its "
+                "own .to(), and gets another address each time: a CUDA graph that reads it is recorded again.",
+                OffloadWarning,
+                stacklevel=2,
+            )
 
     # ------------------------------------------------------------------- moves
     def _run(

@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from .host import Slab
 from .units import align
+
+if TYPE_CHECKING:
+    from .addresses import Addresses
 
 DEVICE_GRAIN = 512  # the caching allocator's: what a tensor allocated alone really takes
 _SAMPLES = 16  # per tensor, spread evenly, first and last word included: about 1 ms per GB of SDXL-like tensors
@@ -173,8 +176,9 @@ class Unit:
         """Take device memory, on the current stream. Raises torch.OutOfMemoryError and is as before."""
         raise NotImplementedError
 
-    def free(self) -> None:
-        """Give the device memory back to the current order of the stream it was allocated on."""
+    def free(self, after: torch.Event | None = None) -> None:
+        """Give the device memory back to the current order of the stream it was allocated on; where that has no order of its
+        own, once `after` has happened."""
         raise NotImplementedError
 
     def abandon(self) -> None:
@@ -201,6 +205,7 @@ class SlabUnit(Unit):
         super().__init__(key, align(slab.nbytes, DEVICE_GRAIN), slab.nbytes, masters)
         self.slab = slab
         self.bytes: torch.Tensor | None = None  # [slab.nbytes] uint8 on the device; its storage is empty unless resident
+        self.addresses: Addresses | None = None  # which give it its address for life, if it has one
         self._offsets: list[int] = []
         self._sample_index: torch.Tensor | None = None
         self._sample: torch.Tensor | None = None
@@ -211,6 +216,8 @@ class SlabUnit(Unit):
 
     @property
     def present(self) -> bool:
+        if self.addresses is not None:
+            return self.addresses.holds(self)
         return self.bytes is not None and self.bytes.untyped_storage().nbytes() > 0
 
     def place(self, offsets: list[int]) -> None:
@@ -223,7 +230,9 @@ class SlabUnit(Unit):
         self._sample_index = torch.tensor(sorted(set(words)), dtype=torch.int64, device="cpu")
 
     def allocate(self, device: torch.device) -> None:
-        if self.bytes is None:
+        if self.addresses is not None:
+            self.bytes = self.addresses.map(self)
+        elif self.bytes is None:
             with torch.inference_mode(False):
                 self.bytes = torch.empty(self.slab.nbytes, dtype=torch.uint8, device=device)
         else:
@@ -248,15 +257,33 @@ class SlabUnit(Unit):
         # .data: a version counter of its own, which copies into the unit do not advance
         return raw.as_strided(tensor.shape, tensor.stride()).data
 
-    def free(self) -> None:
-        if self.bytes is not None:
+    def free(self, after: torch.Event | None = None) -> None:
+        if self.addresses is not None:
+            self.addresses.unmap(self, after)
+        elif self.bytes is not None:
             self.bytes.untyped_storage().resize_(0)
 
     def abandon(self) -> None:
         super().abandon()
+        if self.addresses is not None:
+            self.addresses.hand_over(self)
         self.bytes = None
 
+    def settle_at(self, addresses: Addresses | None) -> None:
+        """Have an address for life from when it is next loaded, or none any more. The unit is not on the device; its twins are
+        made anew."""
+        if addresses is self.addresses:
+            return
+        nbytes = align(self.slab.nbytes, DEVICE_GRAIN)
+        if addresses is not None:
+            nbytes = addresses.rounded(self.slab.nbytes)
+        if self.addresses is not None:
+            self.addresses.forget(self)
+        self.addresses, self.bytes, self.nbytes = addresses, None, nbytes
+        super().abandon()
+
     def retire(self) -> None:
+        self.settle_at(None)
         before = self.slab.bytes.data_ptr()
         self.slab.unpin()
         if self.slab.bytes.data_ptr() != before:  # it was the backend's pinned memory, and had to move
@@ -308,7 +335,7 @@ class CarriedUnit(Unit):
         for master, twin in zip(self.masters, made, strict=True):
             master.twin, master.twin_ptr, master.twin_version = twin, twin.data_ptr(), version_of(twin)
 
-    def free(self) -> None:
+    def free(self, after: torch.Event | None = None) -> None:
         self.abandon()
 
 

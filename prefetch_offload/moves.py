@@ -6,14 +6,17 @@ import dataclasses
 import functools
 import sys
 import threading
+import warnings
 
 import torch
 
+from .addresses import NO_ARENA
 from .component import Component
 from .config import GIB, MIB, Settings
 from .device import OUT_OF_MEMORY
-from .errors import BudgetError
+from .errors import BudgetError, OffloadWarning
 from .holdings import Client, Holdings
+from .masters import SlabUnit
 from .planner import EntryPlan, follow, lasting, plan_entry
 from .residency import Await, Dropped, Entered, Instruction, Load, Needed, Prefetched, State
 from .streaming import Stream
@@ -32,22 +35,83 @@ class Moves(Holdings):
         least = component.smallest_nbytes
         shape, budget = client.shapes[component.key], client.memory.budget
         smallest = least + (client.memory.set_aside(shape) if client.memory.knows(shape) else 0)
+        idle = self._idle_beside(component)
+        smallest += idle
         if isinstance(budget, int) and smallest > budget:
             how = "even when they are streamed block by block" if component.streamable else "which cannot be streamed"
             if component.whole:
                 how += ": it is compiled as one graph. Compile its blocks instead (`compile_repeated_blocks()`)"
+            if idle:
+                how += f"; {idle} bytes are kept by units with stable addresses. {NO_ARENA}"
             raise BudgetError(
                 f"budget={budget} bytes ({budget / GIB:.2f} GiB) is too small: with these inputs {component.name} needs "
                 f"{smallest} bytes ({smallest / GIB:.2f} GiB), {least} of them for weights, {how}. Give that much, or use "
                 "smaller inputs, tiling or slicing."
             )
-        cap = client.memory.cap(shape, component.nbytes, client.available, least)
+        cap = max(least, client.memory.cap(shape, component.nbytes, client.available, least) - idle)
         return cap if client.ceiling is None else max(least, min(cap, client.ceiling))
+
+    def _idle_beside(self, component: Component) -> int:
+        """Device bytes that others take for good without being there."""
+        return self.addresses.idle_of_others(u.key for u in component.units) if self.addresses is not None else 0
+
+    def _place(self, component: Component, client: Client) -> None:
+        """Where a component's units take memory for good, take it now.
+
+        Raises:
+            BudgetError: it is more than there may be.
+        """
+        addresses = self.addresses
+        if addresses is None or not component.fixed:
+            return
+        units = [u for u in component.units if isinstance(u, SlabUnit) and u.addresses is addresses]
+        missing = sum(u.nbytes for u in units if not addresses.placed(u))
+        if not missing:
+            return
+        budget, shape = client.memory.budget, client.shapes[component.key]
+        wanted = addresses.pool_nbytes + missing + (client.memory.set_aside(shape) if client.memory.knows(shape) else 0)
+        try:
+            if budget == "stock":
+                raise torch.OutOfMemoryError("budget='stock' allows no more than the largest component")
+            if isinstance(budget, int) and wanted > budget:
+                raise torch.OutOfMemoryError(f"budget={budget} bytes ({budget / GIB:.2f} GiB) is less")
+            self._drop([u for u in self.residency.held() if u not in self._protected(component)])
+            for unit in units:
+                addresses.place(unit)
+        except OUT_OF_MEMORY as error:
+            for unit in units:
+                if unit.key not in self.transport.flights:
+                    addresses.forget(unit)
+            if client.settings.stable_addresses is None:
+                warnings.warn(
+                    f"{component.name} is compiled with CUDA graphs, which are recorded again whenever its weights come to lie "
+                    f"elsewhere: they cannot keep their addresses, since {error}. {NO_ARENA}",
+                    OffloadWarning,
+                    stacklevel=2,
+                )
+                component.graphs = False
+                self._address(component, client)
+                return
+            raise BudgetError(
+                f"{component.name} is to keep its addresses, and all units that do take {wanted} bytes "
+                f"({wanted / GIB:.2f} GiB) of device memory for good: {error}. {NO_ARENA}"
+            ) from error
+
+    def _within(self, cap: int, at_once: bool = True) -> None:
+        """Memory that weights have left is given back as far as `cap` bytes for weights demand it, now or when they load."""
+        addresses = self.addresses
+        if addresses is not None:
+            others = (self.units[u] for u in self.transport.flights)
+            addresses.limit_nbytes = cap - sum(u.nbytes for u in others if not isinstance(u, SlabUnit) or u.addresses is None)
+            if at_once:
+                addresses.trim()
 
     def _share(self, component: Component, client: Client, room: int) -> Share | None:
         """What `component` may hold in `room` bytes; None: all of its units."""
         planned = client.shares.get(component.key)
         known = {u.key for u in component.units}
+        if component.fixed:
+            return None
         if planned is not None and planned.limit_nbytes <= room and component.must <= planned.keep <= known:
             if planned.script is None:
                 return planned if len(planned.keep) < len(known) else None
@@ -72,7 +136,8 @@ class Moves(Holdings):
         if reserve is None:
             total = self.lanes.total_nbytes()
             reserve = min(max(256 * MIB, total // 25), total // 10)
-        return max(0, self.residency.held_nbytes + self.lanes.free_nbytes() - reserve)
+        idle = self.addresses.idle_nbytes if self.addresses is not None else 0
+        return max(0, self.residency.held_nbytes + idle + self.lanes.free_nbytes() - reserve)
 
     def _protected(self, component: Component | None) -> frozenset[str]:
         """Units that a running component reads, here or in another thread."""
@@ -82,11 +147,16 @@ class Moves(Holdings):
             del self.current[gone]
         others = {key for t, key in self.current.items() if t != thread}
         busy = [c for c in self.live() if c is not component and (c.running or c.key in others)]
-        return frozenset(u.key for c in busy for u in c.units)
+        found = frozenset(u.key for c in busy for u in c.units)
+        if self.addresses is not None:
+            found |= self.addresses.kept().difference(u.key for u in (component.units if component is not None else ()))
+        return found
 
     def _make_ready(self, component: Component, client: Client, cap: int) -> None:
         protected = self._protected(component)
         others = sum(self.units[u].nbytes for u in protected if u in self.transport.flights)
+        limit = cap
+        self._within(limit, at_once=False)
         share = self._share(component, client, cap - others)
         heads = dict(client.heads)
         heads.pop(component.key, None)
@@ -108,6 +178,7 @@ class Moves(Holdings):
                 self._carry_out(component, client, plan)
             except OUT_OF_MEMORY as error:
                 raise torch.OutOfMemoryError(f"{error}\n{self._why(component)}") from error
+        self._within(limit)
         self._watch_over(component, client, share)
 
     def _plan(
@@ -189,7 +260,8 @@ class Moves(Holdings):
             return sys.maxsize
         share = client.shares.get(key)
         own = component.nbytes if share is None else share.limit_nbytes
-        return client.memory.cap(shape, component.nbytes, client.available or self.available(client), 0) - own
+        cap = client.memory.cap(shape, component.nbytes, client.available or self.available(client), 0)
+        return cap - self._idle_beside(component) - own
 
     def _drop_all_but(self, component: Component, protected: frozenset[str]) -> None:
         own = {u.key for u in component.units}

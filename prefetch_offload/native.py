@@ -35,7 +35,7 @@ class NativeUnit(Unit):
             self._to("cpu")
             raise
 
-    def free(self) -> None:
+    def free(self, after: torch.Event | None = None) -> None:
         self._to("cpu")
 
     def abandon(self) -> None:

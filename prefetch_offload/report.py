@@ -117,7 +117,9 @@ class Stats:
         h2d_nbytes, d2h_nbytes: weights copied to the device, and changed weights written back.
         pinned_nbytes: pinned host memory of all pipelines on the device, the staging ring's included.
         resident_nbytes: device memory that weights hold now.
-        peak_nbytes: the highest device memory the allocator has seen.
+        peak_nbytes: the highest device memory seen.
+        pool_nbytes: device memory of units that keep their addresses (`stable_addresses`), what they are about to give back
+            and what an arena keeps for them included.
         budget: as set.
         counts: noteworthy events: ``ladder`` (ran out of memory and tried again), ``prefetch refused``.
         last_call: the last complete call beside its plan; None: there was none.
@@ -133,6 +135,7 @@ class Stats:
     pinned_nbytes: int
     resident_nbytes: int
     peak_nbytes: int
+    pool_nbytes: int
     link_gbps: float | None
     counts: dict[str, int]
     last_call: LastCall | None
@@ -252,7 +255,8 @@ def collect(engine: Engine, client: Client) -> Stats:
         d2h_nbytes=sum(c.d2h_nbytes for c in client.components.values()),
         pinned_nbytes=engine.pins.nbytes,
         resident_nbytes=engine.residency.held_nbytes,
-        peak_nbytes=max(engine.high_water, engine.lanes.peak_nbytes()),
+        peak_nbytes=max(engine.high_water, engine.lanes.peak_taken_nbytes()),
+        pool_nbytes=engine.addresses.pool_nbytes if engine.addresses is not None else 0,
         link_gbps=moved / copy_ms / 1e6 if copy_ms > 0 else None,
         counts=dict(recorder.counts),
         last_call=_last_call(timeline, client),

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .addresses import mapping_of
 from .device import (
     COPY_AFTER_ALLOCATION,
     FREE_AFTER_LAST_USE,
@@ -82,6 +83,8 @@ class Transport:
                 else:
                     self._copy_pageable(unit.slab.bytes, unit.bytes)
             lanes.note("write", lanes.copy, unit.key)
+            if unit.addresses is not None:
+                lanes.note("write", lanes.copy, mapping_of(unit.key))
             unit.copied = flight.ready = lanes.record(lanes.copy)
         except BaseException:
             lanes.synchronize()  # the copy may be under way
@@ -148,6 +151,9 @@ class Transport:
             lanes.note("free", flight.home, unit.key)
         if flight.kept:
             unit.abandon()
+        elif isinstance(unit, SlabUnit) and unit.addresses is not None:
+            lanes.note("read", flight.home, mapping_of(unit.key))  # as every stream that it has just waited for
+            unit.free(lanes.record(flight.home))
         else:
             unit.free()
 

@@ -85,20 +85,22 @@ def test_the_budget_may_be_left_out_or_follow_stock() -> None:
 def test_every_setting_is_taken_over() -> None:
     values: dict[str, Any] = {
         "prefetch": False, "pin": False, "pinned_limit": "3GiB", "reserve": 5, "unit_min": "1MiB", "unit_max": "2MiB",
-        "staging": "8MiB", "fingerprints": False, "strategy": max, "strict_compile": True, "verify": True,
+        "staging": "8MiB", "fingerprints": False, "strategy": max, "strict_compile": True,
+        "stable_addresses": True, "verify": True,
     }  # fmt: skip
     assert values.keys() | {"budget"} == {f.name for f in dataclasses.fields(Settings)}
     made = Settings.make("1GB", **values)
-    assert made == Settings(10**9, False, False, 3 * GIB, 5, MIB, 2 * MIB, 8 * MIB, False, max, True, True)
+    assert made == Settings(10**9, False, False, 3 * GIB, 5, MIB, 2 * MIB, 8 * MIB, False, max, True, True, True)
 
 
 def test_nothing_set_means_the_defaults() -> None:
     assert Settings() == Settings(
         budget=None, prefetch=True, pin=True, pinned_limit=None, reserve=None, unit_min=16 * MIB, unit_max=256 * MIB,
-        staging=64 * MIB, fingerprints=True, strategy=None, strict_compile=False, verify=False,
+        staging=64 * MIB, fingerprints=True, strategy=None, strict_compile=False,
+        stable_addresses=None, verify=False,
     )  # fmt: skip
     assert Settings.make() == Settings()
-    assert Settings.make(pinned_limit=None, reserve=None) == Settings()
+    assert Settings.make(pinned_limit=None, reserve=None, stable_addresses=None) == Settings()
 
 
 def test_equal_unit_sizes_are_fine() -> None:
@@ -158,6 +160,12 @@ def test_refused_unknown_setting_without_a_near_miss_names_all() -> None:
 @pytest.mark.parametrize("value", [1, 0, "yes", None])
 def test_refused_not_a_bool(name: str, value: Any) -> None:
     assert refusal(**{name: value}) == f"{name}={value!r}: give True or False."
+
+
+@pytest.mark.parametrize("value", [1, 0, "yes"])
+def test_refused_neither_a_bool_nor_nothing(value: Any) -> None:
+    message = f"stable_addresses={value!r}: give True or False, or None to have it found out."
+    assert refusal(stable_addresses=value) == message
 
 
 def test_refused_unit_min_above_unit_max() -> None:

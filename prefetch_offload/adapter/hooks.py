@@ -143,6 +143,8 @@ class CpuOffload(accelerate.hooks.CpuOffload):
         if engine.is_current(component) and not (whole and component.stream is not None):
             return args, kwargs
         refuse_compiled(component, call if whole else None)
+        if self.session.client.settings.stable_addresses is None and not component.graphs:
+            component.look_for_graphs(call if whole else None)
         previous = getattr(self.prev_module_hook, "hook", None)
         previous = previous.component if isinstance(previous, CpuOffload) else None
         engine.enter(component, shape_of(module, args, kwargs), previous, called, whole)
