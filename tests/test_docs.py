@@ -212,6 +212,8 @@ def texts() -> tuple[str, ...]:
         tree = tree_of(path)
         docstrings = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr)}
         for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and (not isinstance(node.value, str) or " " not in node.value):
+                continue  # most of them, and none is quoted
             if isinstance(node, ast.JoinedStr | ast.Constant | ast.BinOp) and id(node) not in docstrings:
                 found += [squeeze(t) for t in text_of(node, {})]
     return tuple(found)
