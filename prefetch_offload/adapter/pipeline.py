@@ -15,6 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from ..holdings import rehooking
 from .entry import attach
 from .hooks import CpuOffload, Session, unwrap
 
@@ -232,8 +233,29 @@ def _make(base: Any) -> type:
         __call__, enable_model_cpu_offload, maybe_free_model_hooks, remove_all_hooks, __setattr__, __deepcopy__,
         __reduce_ex__,
     )}  # fmt: skip
+    body |= {name: _keeping(base, name) for name in _REHOOKING if callable(getattr(base, name, None))}
     names: dict[str, Any] = {k: getattr(base, k) for k in ("__module__", "__qualname__", "__doc__")}
     return type(base)(base.__name__, (base,), {**names, **body, "_prefetch_base": base})
+
+
+# diffusers takes all hooks off for these, and puts them on again.
+_REHOOKING = ("load_lora_weights", "load_textual_inversion")
+
+
+def _keeping(base: Any, name: str) -> Any:
+    """The method of that name, during which components keep their slabs while they have no hook."""
+    method = getattr(base, name)
+
+    @functools.wraps(method)
+    def keeping(self: DiffusionPipeline, *args: Any, **kwargs: Any) -> Any:
+        offload = offload_of(self)
+        if offload is None or not offload.active:
+            return method(self, *args, **kwargs)
+        with rehooking():
+            offload.show_masters()
+            return method(self, *args, **kwargs)
+
+    return keeping
 
 
 def _rebuild(base: type) -> Any:
