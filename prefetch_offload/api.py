@@ -14,6 +14,7 @@ from .adapter import pipeline as adapter
 from .adapter.hooks import Session, unwrap
 from .adoption import check_tensors, smallest_nbytes
 from .captured import refuse
+from .codecs import check_transport
 from .config import GIB, Settings
 from .errors import BudgetError, SettingError, UnsupportedError
 from .handle import Offload
@@ -73,6 +74,8 @@ def apply(pipe: DiffusionPipeline, gpu_id: int | None, device: torch.device | st
             check_tensors(name, module)
         if name not in pipe._exclude_from_cpu_offload:
             refuse(name, module)
+            if isinstance(module, nn.Module):
+                check_transport(name, module, settings)
     check_budget(pipe, settings)
     before = adapter.offload_of(pipe)
     base = adapter.base_class(pipe)
