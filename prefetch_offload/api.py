@@ -58,7 +58,23 @@ def enable(
             f"device={str(device)!r}: components wait on the CPU and run on an accelerator. Name one (device='cuda'), leave "
             "`device` out to have it found, or do without offload."
         )
+    check_names(pipe, made)
     return apply(pipe, gpu_id, device, made)
+
+
+def check_names(pipe: DiffusionPipeline, settings: Settings) -> None:
+    """Refuse a `transport` that names what the pipeline does not have.
+
+    Raises:
+        SettingError: with what it has.
+    """
+    names = [] if isinstance(settings.transport, str) else [name for name, _ in settings.transport]
+    for name in names:
+        if name != "default" and name not in pipe.components:
+            raise SettingError(
+                f"transport names {name!r}, which a {type(pipe).__name__} does not have: its components are "
+                f"{', '.join(sorted(pipe.components))}; 'default' stands for all others."
+            )
 
 
 def apply(pipe: DiffusionPipeline, gpu_id: int | None, device: torch.device | str | None, settings: Settings) -> Offload:

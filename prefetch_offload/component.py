@@ -49,6 +49,7 @@ class Component:
         visits: by number of a point, the place of its last call in that pass.
         first_visit: the number of the point that was called first in it.
         unit_ms: by unit, its compute time in that pass.
+        unpack_ms: by unit, what turning what travelled into the unit was measured to take.
         pass_ms: a pass's compute time, by the last call's figures; 0: not measured.
         pending: what that pass recorded, until the device has come so far.
         watched: a streamed pass has been searched for reads outside of its points.
@@ -103,6 +104,7 @@ class Component:
         self.visits: dict[int, int] = {}
         self.first_visit = -1
         self.unit_ms: dict[str, float] = {}
+        self.unpack_ms: dict[str, float] = {}
         self.pass_ms = 0.0
         self.pending: list[tuple[Point | None, torch.Event, torch.Event]] = []
         self.watched = False

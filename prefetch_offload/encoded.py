@@ -29,6 +29,8 @@ class EncodedUnit(SlabUnit):
         encodings: how often it was encoded.
     """
 
+    travels_encoded = True
+
     def __init__(self, key: str, slab: Slab, masters: list[Master], pieces: list[Piece], codec: Codec, pins: Pins) -> None:
         super().__init__(key, slab, masters)
         self._pieces, self._codec, self._pins = pieces, codec, pins

@@ -151,6 +151,7 @@ class Unit:
         masters: what it holds.
         prefetchable: can be copied ahead of use.
         payload_nbytes: bytes that a copy puts on the link.
+        travels_encoded: they are not those that it has on the device.
         copied: after the last copy out of host memory; until it has happened that memory may not be given back.
         fresh: its twins are new objects, which the modules do not show yet.
         shown: its component's modules show its twins.
@@ -158,6 +159,7 @@ class Unit:
     """
 
     prefetchable = False
+    travels_encoded = False
 
     def __init__(self, key: str, nbytes: int, payload_nbytes: int, masters: list[Master]) -> None:
         self.key, self.nbytes, self.payload_nbytes, self.masters = key, nbytes, payload_nbytes, masters

@@ -158,6 +158,7 @@ class Transport:
                 unit.copied = None
             unit.encode()
             unit.sample()
+            self.lanes.note_host("alloc", _on_host(unit))
         if unit.table is None:
             self._lay_table(unit)
         if self._staging is None or self._staging.numel() < unit.payload_nbytes:
