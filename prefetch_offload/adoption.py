@@ -8,7 +8,9 @@ import dataclasses
 import torch
 from torch import nn
 
+from .codecs import Codec, Piece
 from .config import Settings
+from .encoded import EncodedUnit
 from .errors import UnsupportedError
 from .host import Pins, Slab, trim
 from .masters import (
@@ -85,12 +87,15 @@ def _shared_ranges(masters: list[Master]) -> list[_Shared]:
     return found
 
 
-def build_units(prefix: str, masters: list[Master], settings: Settings, pins: Pins) -> list[Unit]:
+def build_units(
+    prefix: str, masters: list[Master], settings: Settings, pins: Pins, codec: Codec | None = None
+) -> list[Unit]:
     """Units for `masters`, whose tensors' data move into slabs. Tensor objects stay the same.
 
     Args:
         prefix: keys of the units are ``{prefix}/{name}``.
         masters: in definition order; every tensor on the host.
+        codec: how they travel; None: as they are, which is also how units travel that it has nothing to offer for.
 
     Returns:
         Units in definition order, carried tensors last. Slabs are pinned as far as the host allows.
@@ -102,7 +107,7 @@ def build_units(prefix: str, masters: list[Master], settings: Settings, pins: Pi
     units: list[Unit] = []
     for number, layout in enumerate(cut(extents, settings.unit_min, settings.unit_max)):
         slab = Slab(align(layout.nbytes, 8))
-        members, offsets = [], []
+        members, offsets, pieces = [], [], []
         for placement in layout.placements:
             shared = ranges[placement.extent]
             _move(shared, slab, placement.offset)
@@ -110,12 +115,22 @@ def build_units(prefix: str, masters: list[Master], settings: Settings, pins: Pi
                 assert master.home is not None
                 members.append(master)
                 offsets.append(master.home.data_ptr() - slab.bytes.data_ptr())
+            pieces.append(Piece.of(placement.offset, shared.hi - shared.lo, shared.members))
+        key = f"{prefix}/{number}:{layout.name}"
+        recipes = [codec.recipe(piece) for piece in pieces] if codec is not None else []
+        if codec is not None and any(recipes):
+            encoded = EncodedUnit(key, slab, members, pieces, codec, pins)
+            encoded.place(offsets)
+            encoded.encode(recipes)
+            encoded.sample()
+            units.append(encoded)
+            continue
         pins_before = slab.bytes.data_ptr()
         pins.pin(slab)
         if slab.bytes.data_ptr() != pins_before:  # the backend's pinned allocator: the slab has moved
             for master, offset in zip(members, offsets, strict=True):
                 master.settle(slab, offset)
-        unit = SlabUnit(f"{prefix}/{number}:{layout.name}", slab, members)
+        unit = SlabUnit(key, slab, members)
         unit.place(offsets)
         units.append(unit)
     if carried:

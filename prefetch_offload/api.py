@@ -16,6 +16,7 @@ from .adapter.hooks import Session, unwrap
 from .addresses import NO_ARENA
 from .adoption import check_tensors, smallest_nbytes
 from .captured import refuse
+from .codecs import check_transport
 from .config import GIB, Settings
 from .errors import BudgetError, SettingError, UnsupportedError
 from .handle import Offload
@@ -60,7 +61,23 @@ def enable(
             f"device={str(device)!r}: components wait on the CPU and run on an accelerator. Name one (device='cuda'), leave "
             "`device` out to have it found, or do without offload."
         )
+    check_names(pipe, made)
     return apply(pipe, gpu_id, device, made)
+
+
+def check_names(pipe: DiffusionPipeline, settings: Settings) -> None:
+    """Refuse a `transport` that names what the pipeline does not have.
+
+    Raises:
+        SettingError: with what it has.
+    """
+    names = [] if isinstance(settings.transport, str) else [name for name, _ in settings.transport]
+    for name in names:
+        if name != "default" and name not in pipe.components:
+            raise SettingError(
+                f"transport names {name!r}, which a {type(pipe).__name__} does not have: its components are "
+                f"{', '.join(sorted(pipe.components))}; 'default' stands for all others."
+            )
 
 
 def apply(pipe: DiffusionPipeline, gpu_id: int | None, device: torch.device | str | None, settings: Settings) -> Offload:
@@ -76,6 +93,8 @@ def apply(pipe: DiffusionPipeline, gpu_id: int | None, device: torch.device | st
             check_tensors(name, module)
         if name not in pipe._exclude_from_cpu_offload:
             refuse(name, module)
+            if isinstance(module, nn.Module):
+                check_transport(name, module, settings)
     check_budget(pipe, settings)
     if settings.stable_addresses:
         check_addresses(pipe, settings, device)

@@ -35,12 +35,19 @@ def lower_bound_ms(workload: Workload, budget_nbytes: int, link: Link) -> float:
     stretches = _stretches(workload, budget_nbytes)
     tails = {name: _tail_ms(c, link) for name, c in workload.components.items()}
     totals = {name: c.total_nbytes for name, c in workload.components.items()}
+    copies_ms = {name: sum(_copy_ms(c, u, link) for u in c.units) for name, c in workload.components.items()}
+    # What a byte on the device saves at most: not the same where units travel encoded.
+    saves = {
+        name: max((_copy_ms(c, u, link) / max(c.nbytes[u], 1) for u in c.units), default=0.0)
+        for name, c in workload.components.items()
+    }
     n = len(stretches)
     longest = [0.0] * (n + 1)
     for start in range(n - 1, -1, -1):
         room = max(0, stretches[start].before_nbytes)
         read: set[str] = set()
         nbytes, largest, compute = 0, 1, 0.0
+        copied, saved = 0.0, 0.0
         best = 0.0
         for end in range(start, n if start == 0 else min(n, start + LONGEST_WINDOW)):
             stretch = stretches[end]
@@ -50,22 +57,26 @@ def lower_bound_ms(workload: Workload, budget_nbytes: int, link: Link) -> float:
             if stretch.component not in read:
                 read.add(stretch.component)
                 # the component's first pass ends as early as its copies allow; its other passes come on top
-                crossing = (nbytes - room) / link.gbps / 1e6 + tails[stretch.component] + inner - c.pass_ms
+                saved = max(saved, saves[stretch.component])
+                crossing = copied - room * saved + tails[stretch.component] + inner - c.pass_ms
                 nbytes += totals[stretch.component]
+                copied += copies_ms[stretch.component]
                 largest = max(largest, max(c.nbytes.values(), default=1))
             compute += inner
             missing = nbytes - room
             if missing > 0:
                 copies = math.ceil(missing / largest)
-                crossing = max(crossing, missing / link.gbps / 1e6 + copies * link.latency_ms)
+                crossing = max(crossing, copied - room * saved + copies * link.latency_ms)
             elif crossing > 0 and nbytes <= room:
                 crossing = 0.0
             took = max(compute, crossing)
             if end == start and stretch.passes > 1:
                 # middle passes: each of them is a window of its own
-                again = max(0, c.total_nbytes - (budget_nbytes - c.activation_nbytes))
+                stay = budget_nbytes - c.activation_nbytes
+                again = max(0, c.total_nbytes - stay)
                 copies = math.ceil(again / largest)
-                took = max(took, stretch.passes * (again / link.gbps / 1e6 + copies * link.latency_ms))
+                least = copies_ms[stretch.component] - stay * saves[stretch.component] if again else 0.0
+                took = max(took, stretch.passes * (least + copies * link.latency_ms))
             best = max(best, took + longest[end + 1])
         longest[start] = best
     return longest[0]
@@ -91,10 +102,15 @@ def _tail_ms(component: ComponentLoad, link: Link) -> float:
     For each unit: the copies of all up to it, then the compute from it on.
     """
     if not component.streamable:
-        return component.total_nbytes / link.gbps / 1e6 + component.pass_ms
+        return sum(_copy_ms(component, u, link) for u in component.units) + component.pass_ms
     copied, rest, found = 0.0, component.pass_ms, 0.0
     for unit in component.units:
-        copied += component.nbytes[unit] / link.gbps / 1e6
+        copied += _copy_ms(component, unit, link)
         found = max(found, copied + rest)
         rest -= component.compute_ms.get(unit, 0.0)
     return found
+
+
+def _copy_ms(component: ComponentLoad, unit: str, link: Link) -> float:
+    """Of one unit, the latency left out: it depends on how many copies there are."""
+    return component.link_nbytes(unit) / link.gbps / 1e6 + component.unpack_ms.get(unit, 0.0)

@@ -107,10 +107,12 @@ class Memory:
     Peaks are measured: `learn` is told, after a component ran, how much device memory was in use beyond the weights
     (activations, inputs, whatever else lives on the device). A *shape* stands for the component together with the shapes
     of its inputs; while a shape has not been measured, a bounded budget holds nothing but the running component, as stock
-    model offload would.
+    model offload would. `overhead_nbytes` are taken on the device, whatever runs, by the buffers that encoded weights arrive
+    in; no measurement counts them.
     """
 
     budget: Budget
+    overhead_nbytes: int = 0
     activations: dict[object, int] = field(default_factory=dict)
     needs: dict[object, int] = field(default_factory=dict)
     alone: set[object] = field(default_factory=set)
@@ -146,7 +148,7 @@ class Memory:
         measured: a small margin is.
         """
         measured = self.activations[shape]
-        return measured + max(measured // 64, 16 * KIB)
+        return measured + max(measured // 64, 16 * KIB) + self.overhead_nbytes
 
     def stock_floor(self) -> int | None:
         """A lower bound on stock model offload's peak: the largest component with its own activations."""
@@ -175,7 +177,7 @@ class Memory:
             floor = self.stock_floor()
             if shape not in self.activations or floor is None or shape in self.alone:
                 return weight_nbytes
-            return max(weight_nbytes, floor - self.activations[shape])
+            return max(weight_nbytes, floor - self.activations[shape] - self.overhead_nbytes)
         if shape not in self.activations:
             # It runs alone. Half of the budget is left to whatever it needs besides, more if it has to be streamed anyway.
             return weight_nbytes if weight_nbytes <= self.budget // 2 else max(least, self.budget // 4)

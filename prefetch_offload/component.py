@@ -13,6 +13,7 @@ from torch import nn
 
 from .adoption import build_units
 from .casting import keep_twins
+from .codecs import codec_for
 from .compiling import uses_cuda_graphs
 from .config import Settings
 from .host import Pins
@@ -53,6 +54,7 @@ class Component:
         visits: by number of a point, the place of its last call in that pass.
         first_visit: the number of the point that was called first in it.
         unit_ms: by unit, its compute time in that pass.
+        unpack_ms: by unit, what turning what travelled into the unit was measured to take.
         pass_ms: a pass's compute time, by the last call's figures; 0: not measured.
         pending: what that pass recorded, until the device has come so far.
         watched: a streamed pass has been searched for reads outside of its points.
@@ -74,6 +76,8 @@ class Component:
         self.name = name
         self.module = module
         self.device, self.settings, self._pins = device, settings, pins
+        self._codec = codec_for(settings, name, module, device)
+        self._recode = False
         self.units: list[Unit] = []
         self.bound = False
         self.by_hand = False
@@ -107,6 +111,7 @@ class Component:
         self.visits: dict[int, int] = {}
         self.first_visit = -1
         self.unit_ms: dict[str, float] = {}
+        self.unpack_ms: dict[str, float] = {}
         self.pass_ms = 0.0
         self.pending: list[tuple[Point | None, torch.Event, torch.Event]] = []
         self.watched = False
@@ -128,7 +133,7 @@ class Component:
     def unchanged(self) -> bool:
         """The modules show the same tensors, with their data where it was, as when last adopted."""
         modules = modules_of(self.module)
-        if self._placed or modules != self._modules or self._count(modules) != self._n_entries:
+        if self._recode or self._placed or modules != self._modules or self._count(modules) != self._n_entries:
             return False
         for entries, key, master in self._slots:
             if entries.get(key) is not master.tensor:
@@ -138,6 +143,13 @@ class Component:
             if tensor.data_ptr() != master.ptr or tensor.dtype is not master.dtype:
                 return False
         return True
+
+    def travel(self, settings: Settings) -> None:
+        """Its pipeline was enabled again: its weights travel as `settings` say once it has been adopted anew."""
+        ways = [(s.transport_of(self.name), s.transport_overflow) for s in (self.settings, settings)]
+        if ways[0] != ways[1]:
+            self.settings, self._recode = settings, True
+            self._codec = codec_for(settings, self.name, self.module, self.device)
 
     @staticmethod
     def _count(modules: list[nn.Module]) -> int:
@@ -176,7 +188,8 @@ class Component:
                 master.slots.append((entries, key))
                 slots.append((entries, key, master))
         present = set(map(id, seen.values()))
-        kept = [u for u in self._all_units() if self._intact(u, present)]
+        kept = [u for u in self._all_units() if not self._recode and self._intact(u, present)]
+        self._recode = False
         settled = {id(m) for u in kept for m in u.masters}
         fresh = [m for m in seen.values() if id(m) not in settled]
         made: list[Unit] = []
@@ -189,7 +202,8 @@ class Component:
         else:
             suspended = []
             if fresh:
-                made = build_units(f"{self.key}.{next(self._generation)}", fresh, self.settings, self._pins)
+                name = f"{self.key}.{next(self._generation)}"
+                made = build_units(name, fresh, self.settings, self._pins, self._codec)
         gone = [u for u in self._all_units() if u not in kept]
         self._suspended = suspended
         self.units = kept + made

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -50,6 +50,39 @@ def parse_nbytes(value: int | str, what: str) -> int:
     return nbytes
 
 
+# What `transport` may be: how weights lie in pinned host memory and travel. The dtypes go by torch's names for them.
+TRANSPORTS = ("raw", "packed", "fp8", "auto")
+TRANSPORT_DTYPES = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+_ALLOWED = f"{', '.join(map(repr, TRANSPORTS))}, or one of {', '.join('torch.' + d for d in TRANSPORT_DTYPES)}"
+
+# One way for all components, or pairs of a component's name (or "default") and its way.
+Transport = str | tuple[tuple[str, str], ...]
+
+
+def parse_transport(value: Any) -> Transport:
+    """How weights travel: a name, a torch dtype, or a mapping from components' names and ``"default"`` to these.
+
+    Raises:
+        SettingError: with what is allowed.
+    """
+    if not isinstance(value, Mapping):
+        return _parse_way(value, "transport")
+    for name in value:
+        if not isinstance(name, str):
+            raise SettingError(f"transport={value!r}: its keys are names of components, or 'default'; {name!r} is neither.")
+    return tuple(sorted((name, _parse_way(way, f"transport[{name!r}]")) for name, way in value.items()))
+
+
+def _parse_way(value: Any, what: str) -> str:
+    name = value if isinstance(value, str) else ""
+    if type(value).__module__ == "torch" and type(value).__name__ == "dtype":
+        name = str(value)
+    name = name.removeprefix("torch.")
+    if name not in TRANSPORTS and name not in TRANSPORT_DTYPES:
+        raise SettingError(f"{what}={value!r} is no way to move weights: give {_ALLOWED}, or a mapping per component.")
+    return name
+
+
 def parse_budget(value: int | str | None) -> Budget:
     """The device budget: bytes, ``"stock"``, or None for what is free on the device less the reserve."""
     if value is None or value == "stock":
@@ -73,6 +106,15 @@ class Settings:
         fingerprints: compare sampled bytes of each cached unit with its master at a component's first entry in a call,
             so that a write that leaves no other mark (``weight.data += delta``) is seen. About 1 ms per GB.
         strategy: how shares of the device are planned, a callable as in `prefetch_offload.strategy`; None: `balanced`.
+        transport: how weights travel to the device, one way for all or ``{component: way, "default": way}``. ``"raw"``: as
+            they are. ``"packed"``: bfloat16 weights losslessly in three quarters of their bytes, unpacked on arrival.
+            ``"fp8"``: float8 e4m3 with a scale per row; norms, embeddings, the layers that diffusers' layerwise casting skips,
+            vectors and small tensors stay raw; results change. A torch dtype (``torch.float16``): wider weights travel as
+            that and are cast back on arrival. ``"auto"``: packed where it was measured to be faster, else raw.
+            The host's weights stay what they are, in ordinary memory, and only their encoded bytes are pinned: a host
+            holds both. What `state_dict` shows and `disable` leaves is therefore exact, and changes made between calls are
+            encoded again; only the device works with what lossy ways leave of them.
+        transport_overflow: let a dtype that `transport` names turn finite weights into infinities, instead of refusing it.
         strict_compile: a recompile or a graph break while a component runs is an error (`RecompileError`), raised once its call
             has returned.
         stable_addresses: every unit keeps its device address for life, as CUDA graphs need. Where the device has no virtual
@@ -91,6 +133,8 @@ class Settings:
     staging: int = 64 * MIB
     fingerprints: bool = True
     strategy: Callable[..., Any] | None = None
+    transport: Transport = "raw"
+    transport_overflow: bool = False
     strict_compile: bool = False
     stable_addresses: bool | None = None
     verify: bool = False
@@ -120,6 +164,8 @@ class Settings:
                 values[name] = value
             elif known[name].type == "bool | None" and value is None:
                 values[name] = None
+            elif name == "transport":
+                values[name] = parse_transport(value)
             elif not isinstance(value, bool):
                 how = ", or None to have it found out" if known[name].type == "bool | None" else ""
                 raise SettingError(f"{name}={value!r}: give True or False{how}.")
@@ -129,3 +175,10 @@ class Settings:
         if made.unit_min > made.unit_max:
             raise SettingError(f"unit_min={made.unit_min} is above unit_max={made.unit_max}: make it smaller.")
         return made
+
+    def transport_of(self, component: str) -> str:
+        """How the weights of a component travel."""
+        if isinstance(self.transport, str):
+            return self.transport
+        ways = dict(self.transport)
+        return ways.get(component, ways.get("default", "raw"))

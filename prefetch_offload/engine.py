@@ -31,7 +31,7 @@ class _Segment:
 
     def needs(self, peak_nbytes: int, baseline_nbytes: int) -> int:
         """Device memory that was in use besides weights."""
-        now = max(peak_nbytes, self.peak_nbytes) - self.held_nbytes - baseline_nbytes
+        now = max(peak_nbytes, self.peak_nbytes) - self.held_nbytes - baseline_nbytes  # the latter with what else is known
         self._found_nbytes = max(self._found_nbytes, now)
         return self._found_nbytes
 
@@ -111,6 +111,7 @@ class Engine(Moves):
                 self.recorder.left()
                 client.order.enter(component.key)
             self.current[thread] = component.key
+            client.memory.overhead_nbytes = self.transport.overhead_nbytes
             shape = (component.key, shape)
             client.shapes[component.key] = shape
             if first or not client.available:
@@ -165,7 +166,7 @@ class Engine(Moves):
         segment = self._segments.get(threading.get_ident())
         if segment is None:
             return False
-        segment.needs(self._reset_peak(), self.baseline)
+        segment.needs(self._reset_peak(), self.baseline + self.transport.overhead_held_nbytes)
         return True
 
     def weighed(self) -> None:
@@ -213,7 +214,8 @@ class Engine(Moves):
     def _take_baseline(self, client: Client) -> None:
         """What else is on the device before anything of the client's has run is none of its doing."""
         if not self.residency.held_nbytes or not client.memory.activations:
-            self.baseline = max(0, self.lanes.allocated_nbytes() - self.residency.held_nbytes)
+            ours = self.residency.held_nbytes + self.transport.overhead_held_nbytes
+            self.baseline = max(0, self.lanes.allocated_nbytes() - ours)
 
     def _start_segment(self, thread: int, client: Client, component: Component, shape: object) -> None:
         known = client.memory.knows(shape)
@@ -229,7 +231,7 @@ class Engine(Moves):
         if self.lanes.unseen_nbytes:  # what the allocator does not count has its peak at another time
             self._reset_peak()
         if segment is not None and learn:
-            needs = segment.needs(peak, self.baseline)
+            needs = segment.needs(peak, self.baseline + self.transport.overhead_held_nbytes)
             segment.memory.learn(segment.shape, needs, segment.weight_nbytes)
 
     def keep_memory(self, component: Component) -> None:
@@ -269,6 +271,7 @@ class Engine(Moves):
                 client.entered.clear()
                 client.available = 0
                 self._sampled.clear()
+                client.memory.overhead_nbytes = self.transport.overhead_nbytes
                 replan(self, client)
                 self.recorder.call_started(f"call {client.calls + 1}", client.number)
                 self._take_baseline(client)
@@ -378,3 +381,5 @@ class Engine(Moves):
                 self._drop([u.key for u in component.units if u.key in self.transport.flights])
                 for thread in [t for t, current in self.current.items() if current == component.key]:
                     del self.current[thread]
+            if not self.residency.held():
+                self.transport.release_staging()

@@ -197,6 +197,7 @@ class Holdings:
                 finalizer = weakref.finalize(component, _collected, weakref.ref(self), component.key)
                 finalizer.atexit = False
             elif not component.bound:
+                component.travel(settings)
                 self._refresh(component)
             return component
 
@@ -283,6 +284,7 @@ class Holdings:
                     self.units[unit.key] = unit
                     self.residency.add_unit(unit.key, unit.nbytes, unit.prefetchable)
                     self.recorder.owner[unit.key] = (component.key, component.name)
+                    self.transport.admit(unit)
             self._register(component)
         stale = component.written()
         if sampled and component.settings.fingerprints:

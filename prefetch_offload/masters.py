@@ -141,6 +141,8 @@ class Master:
             self.tensor.data = data
         else:
             self.tensor = self.wrap(data)
+        if self.unit is not None:
+            self.unit.changed()
 
 
 class Unit:
@@ -152,6 +154,7 @@ class Unit:
         masters: what it holds.
         prefetchable: can be copied ahead of use.
         payload_nbytes: bytes that a copy puts on the link.
+        travels_encoded: they are not those that it has on the device.
         copied: after the last copy out of host memory; until it has happened that memory may not be given back.
         fresh: its twins are new objects, which the modules do not show yet.
         shown: its component's modules show its twins.
@@ -159,6 +162,7 @@ class Unit:
     """
 
     prefetchable = False
+    travels_encoded = False
 
     def __init__(self, key: str, nbytes: int, payload_nbytes: int, masters: list[Master]) -> None:
         self.key, self.nbytes, self.payload_nbytes, self.masters = key, nbytes, payload_nbytes, masters
@@ -190,6 +194,9 @@ class Unit:
     def retire(self) -> None:
         """Give up what the unit holds of the host; its tensors keep their data."""
 
+    def changed(self) -> None:
+        """What was written on the device has been written back to a master."""
+
     def sample(self) -> None:
         """Remember a fingerprint of the master bytes: device and host are equal now, or will be when the copy arrives."""
 
@@ -211,8 +218,13 @@ class SlabUnit(Unit):
         self._sample: torch.Tensor | None = None
 
     @property
+    def source(self) -> Slab:
+        """What travels."""
+        return self.slab
+
+    @property
     def prefetchable(self) -> bool:  # type: ignore[override]
-        return self.slab.pinned
+        return self.source.pinned
 
     @property
     def present(self) -> bool:
@@ -303,10 +315,14 @@ class SlabUnit(Unit):
 
     def rewritten(self) -> list[Master]:
         """Masters whose device copy was written without a mark (``p.data += x``). The host waits for the caller's stream."""
-        if self._sample is None or self._sample_index is None or self.bytes is None:
+        return self._differing(self._sample) if self._sample is not None else []
+
+    def _differing(self, sample: torch.Tensor) -> list[Master]:
+        """Masters whose device copy differs from a fingerprint."""
+        if self._sample_index is None or self.bytes is None:
             return []
         shown = self.bytes.view(torch.int64)[self._sample_index.to(self.bytes.device)].cpu()
-        words = set(self._sample_index[shown != self._sample].tolist())
+        words = set(self._sample_index[shown != sample].tolist())
         return [
             master
             for master, offset in zip(self.masters, self._offsets, strict=True)

@@ -30,6 +30,9 @@ def measure(engine: Engine, client: Client) -> None:
         component = client.components.get(key)  # type: ignore[assignment]
         if component is not None:
             component.pass_ms = ms
+    for key, unit_ms in engine.recorder.unpack_ms().items():
+        if key in client.components:
+            client.components[key].unpack_ms |= unit_ms
     gbps = engine.recorder.link_gbps()
     if gbps is not None:
         engine.link = Link(gbps)
@@ -52,6 +55,8 @@ def load_of(component: Component, activation_nbytes: int) -> ComponentLoad:
         activation_nbytes=activation_nbytes,
         must=component.must,
         streamable=component.streamable,
+        copy_nbytes={u.key: u.payload_nbytes for u in component.units if u.travels_encoded},
+        unpack_ms={u.key: component.unpack_ms.get(u.key, 0.0) for u in component.units if u.travels_encoded},
         apart=all(sum(u not in component.must for u in p.units) <= 1 for p in component.points),
     )
 
@@ -120,6 +125,8 @@ def _difference(plan: CallPlan | None, workload: Workload, budget: int) -> str:
         return "another order of components"
     if {n: c.nbytes for n, c in before.items()} != {n: c.nbytes for n, c in now.items()}:
         return "other weights"
+    if {n: c.copy_nbytes for n, c in before.items()} != {n: c.copy_nbytes for n, c in now.items()}:
+        return "weights that travel otherwise"
     if plan.workload.runs != workload.runs:
         passes = zip(plan.workload.runs, workload.runs, strict=True)
         return "other numbers of passes: " + ", ".join(f"{was} -> {p}" for (_, was), (_, p) in passes if was != p)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections import Counter, deque
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ class _Mark:
     start: torch.Event
     end: torch.Event | None
     args: dict[str, object] = field(default_factory=dict)
+    arrived: torch.Event | None = None  # of a unit that travels encoded: behind its copy, before what it is turned into
 
 
 _NO_STALL = contextlib.nullcontext()
@@ -134,7 +136,7 @@ class Recorder:
         key, name = self.owner[flight.unit.key]
         self.of(key).h2d_nbytes += flight.unit.payload_nbytes
         args = {"component": key, "unit": flight.unit.key, "nbytes": flight.unit.payload_nbytes, "prefetch": ahead}
-        self._marks.append(_Mark("copy", name, flight.start, flight.ready, args))
+        self._marks.append(_Mark("copy", name, flight.start, flight.ready, args, flight.arrived))
         self._levels.append((flight.start, held_nbytes))
 
     def stall(self, key: str, name: str, waits: bool) -> contextlib.AbstractContextManager[object]:
@@ -177,8 +179,18 @@ class Recorder:
         nbytes, ms = 0, 0.0
         for mark in self._recent("copy")[:256]:
             nbytes += int(mark.args["nbytes"])  # type: ignore[call-overload]
-            ms += float(mark.start.elapsed_time(mark.end))
+            ms += float(mark.start.elapsed_time(mark.arrived or mark.end))
         return nbytes / ms / 1e6 if ms > 0 and nbytes >= (1 << 16) else None
+
+    def unpack_ms(self) -> dict[str, dict[str, float]]:
+        """By component key and unit, what turning encoded bytes into the unit took in the last call: the shortest time, since
+        other kernels may run beside it."""
+        found: dict[str, dict[str, float]] = {}
+        for mark in self._recent("copy"):
+            if mark.arrived is not None:
+                unit, times = str(mark.args["unit"]), found.setdefault(str(mark.args["component"]), {})
+                times[unit] = min(times.get(unit, math.inf), float(mark.arrived.elapsed_time(mark.end)))
+        return found
 
     def timeline(self, simulated: bool) -> Timeline:
         """All kept spans in milliseconds since the first event. Waits for the device."""

@@ -47,6 +47,7 @@ class ComponentStats:
         graph_breaks: how often compiled code had to be cut; None as above.
         recompiles: the reason of each recompile: function, and the guard that failed.
         compiled_in_call: the same three of the last call; None as above.
+        link_nbytes: what loading all of it puts on the link: less than `nbytes` where weights travel encoded.
     """
 
     name: str
@@ -64,6 +65,7 @@ class ComponentStats:
     graph_breaks: int | None = 0
     recompiles: tuple[str, ...] = ()
     compiled_in_call: Compiles | None = None
+    link_nbytes: int = 0
 
     @property
     def hidden_ms(self) -> float:
@@ -239,6 +241,7 @@ def collect(engine: Engine, client: Client) -> Stats:
                 copy_ms=_on(timeline, "copy", component.key),
                 exposed_ms=_on(timeline, "stalls", component.key),
                 compute_ms=_on(timeline, "compute", component.key),
+                link_nbytes=sum(u.payload_nbytes for u in component.units),
                 **_compiles(component),
             )
         )
@@ -331,6 +334,16 @@ def summary(stats: Stats) -> str:
     )
 
 
+def encoded(stats: Stats) -> list[str]:
+    """A line about the components whose weights travel encoded, if there are any."""
+    shown = [
+        f"{c.name} {c.nbytes / MIB:.1f} MiB as {c.link_nbytes / MIB:.1f} MiB"
+        for c in stats.components
+        if c.link_nbytes < 0.99 * c.nbytes
+    ]
+    return [f"travels encoded: {', '.join(shown)}"] if shown else []
+
+
 def compiles(stats: Stats) -> list[str]:
     """A line for each component that was compiled, and one for the reason of each recompile."""
     lines: list[str] = []
@@ -355,7 +368,7 @@ def render(stats: Stats) -> str:
     if stats.last_call is not None:
         console.print(comparison(stats.last_call))
     console.print(summary(stats), soft_wrap=True)
-    for line in compiles(stats):
+    for line in (*encoded(stats), *compiles(stats)):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()

@@ -128,7 +128,7 @@ class _Schedules:
         index = {u: v for v, u in enumerate(self.names)}
         n = self.n = len(self.names)
         self.size = [nbytes[u] for u in self.names]
-        self.copy = [self.link.copy_ms(s) for s in self.size]
+        self.copy = [c.load_ms(u, self.link) for c in components.values() for u in c.units]
         self.total = [sum(self.size[v] for v in range(n) if m >> v & 1) for m in range(1 << n)]
         self.reads: list[tuple[int, float, int]] = []  # unit, compute, room
         self.whole: list[int] = []  # units that have to be there together with it

@@ -15,6 +15,7 @@ import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from .bound import lower_bound_ms
 from .schedule import MOST_UNITS, scripted
@@ -111,7 +112,12 @@ def _chunked(c: ComponentLoad, cap_nbytes: int) -> ComponentLoad:
     if not c.streamable:
         every = c.units[:1]  # names of chunks are those of their first units: no two components share one
         return ComponentLoad(
-            every, dict.fromkeys(every, c.total_nbytes), dict.fromkeys(every, c.pass_ms), c.activation_nbytes, streamable=False
+            every,
+            dict.fromkeys(every, c.total_nbytes),
+            dict.fromkeys(every, c.pass_ms),
+            c.activation_nbytes,
+            streamable=False,
+            **_travel(c, dict.fromkeys(c.units, every[0])),
         )
     if len(c.units) <= CHUNKS:
         return c
@@ -128,14 +134,33 @@ def _chunked(c: ComponentLoad, cap_nbytes: int) -> ComponentLoad:
     n = min(MOST_CHUNKS, max(CHUNKS, math.ceil(3 * total / max(1, cap_nbytes - must_nbytes))))
     at = 0
     names: dict[int, str] = {}
+    chunk_of = dict.fromkeys(c.must, first)
     for unit in loose:
-        name = names.setdefault(min(n - 1, at * n // max(1, total)), unit)
+        name = chunk_of[unit] = names.setdefault(min(n - 1, at * n // max(1, total)), unit)
         nbytes[name] = nbytes.get(name, 0) + c.nbytes[unit]
         compute_ms[name] = compute_ms.get(name, 0.0) + c.compute_ms.get(unit, 0.0)
         at += c.nbytes[unit]
     return ComponentLoad(
-        tuple(nbytes), nbytes, compute_ms, c.activation_nbytes, frozenset([first] if c.must else []), True
+        tuple(nbytes),
+        nbytes,
+        compute_ms,
+        c.activation_nbytes,
+        frozenset([first] if c.must else []),
+        True,
+        **_travel(c, chunk_of),
     )
+
+
+def _travel(c: ComponentLoad, chunk_of: Mapping[str, str]) -> dict[str, Any]:
+    """What chunks put on the link, and what turning that into them takes; nothing for a component that travels as it is."""
+    if not c.copy_nbytes and not c.unpack_ms:
+        return {}
+    copy_nbytes = dict.fromkeys(chunk_of.values(), 0)
+    unpack_ms = dict.fromkeys(chunk_of.values(), 0.0)
+    for unit, chunk in chunk_of.items():
+        copy_nbytes[chunk] += c.link_nbytes(unit)
+        unpack_ms[chunk] += c.unpack_ms.get(unit, 0.0)
+    return {"copy_nbytes": copy_nbytes, "unpack_ms": unpack_ms}
 
 
 def _fine(c: ComponentLoad, coarse: ComponentLoad, rough: Share, passes: int) -> Share:

@@ -33,6 +33,8 @@ class ComponentLoad:
         must: units read throughout its run; they cannot be streamed.
         streamable: False: all units have to be there at once (a compiled graph, a module with its own `.to()`).
         apart: no module reads several units at once, those in `must` aside.
+        copy_nbytes: bytes that a unit puts on the link, where they are not those that it takes on the device.
+        unpack_ms: what turning them into the unit takes behind the copy, on the same stream.
     """
 
     units: tuple[str, ...]
@@ -42,6 +44,16 @@ class ComponentLoad:
     must: frozenset[str] = frozenset()
     streamable: bool = True
     apart: bool = True
+    copy_nbytes: Mapping[str, int] = field(default_factory=dict)
+    unpack_ms: Mapping[str, float] = field(default_factory=dict)
+
+    def link_nbytes(self, unit: str) -> int:
+        """Bytes that a copy of `unit` puts on the link."""
+        return self.copy_nbytes.get(unit, self.nbytes[unit])
+
+    def load_ms(self, unit: str, link: Link) -> float:
+        """From the start of a unit's copy until it can be read."""
+        return link.copy_ms(self.link_nbytes(unit)) + self.unpack_ms.get(unit, 0.0)
 
     @property
     def total_nbytes(self) -> int:
@@ -194,12 +206,14 @@ class _Device:
             name = self.owner[unit]
             if isinstance(instruction, Load):
                 start = max(clock.copy, clock.compute)
-                took = self.link.copy_ms(self.nbytes[unit])
+                component = self.workload.components[name]
+                took = component.load_ms(unit, self.link)
+                nbytes = component.link_nbytes(unit)
                 clock.copy = clock.ready[unit] = start + took
                 clock.copied[name] = clock.copied.get(name, 0.0) + took
-                clock.h2d_nbytes += self.nbytes[unit]
+                clock.h2d_nbytes += nbytes
                 if clock.records:
-                    clock.spans.append(Span("copy", name, start, took, {"unit": unit, "nbytes": self.nbytes[unit]}))
+                    clock.spans.append(Span("copy", name, start, took, {"unit": unit, "nbytes": nbytes}))
             elif isinstance(instruction, Await):
                 wait = clock.ready[unit] - clock.compute
                 if wait > 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from prefetch_offload_kernels import cast_unit, prepare, workspace_nbytes
 
 from .addresses import mapping_of
 from .device import (
@@ -17,8 +18,12 @@ from .device import (
     WRITE_BACK_AFTER_USE,
     Lanes,
 )
+from .encoded import EncodedUnit
 from .host import Pins
-from .masters import SlabUnit, Unit
+from .masters import DEVICE_GRAIN, SlabUnit, Unit
+from .units import align
+
+_STAGING = "staging"
 
 
 @dataclass
@@ -28,6 +33,7 @@ class Flight:
     Attributes:
         home: the stream whose order the memory belongs to.
         start, ready: before and after the copy, on the copy stream (for carried units: on the compute stream).
+        arrived: for encoded units, between the copy and what turns it into the unit.
         kept: others hold on to the memory; dropping the unit leaves it to them.
         readers: streams that waited for `ready`, by id; each may read until the unit is dropped.
     """
@@ -38,15 +44,23 @@ class Flight:
     ready: torch.Event
     readers: dict[int, torch.Stream] = field(default_factory=dict)
     kept: bool = False
+    arrived: torch.Event | None = None
 
 
 class Transport:
-    """Moves units between the host and one device, ordered by events only ([Note: stream order])."""
+    """Moves units between the host and one device, ordered by events only ([Note: stream order]).
+
+    Encoded units arrive in a *staging* buffer first. It is the size of the largest of them, and there is one: copying into
+    it and casting out of it are put on the same stream, where a second one would only wait behind the first. It is
+    allocated on that stream, too, and so are the tables: nothing else ever orders them.
+    """
 
     def __init__(self, lanes: Lanes, pins: Pins) -> None:
         self.lanes, self.pins = lanes, pins
         self.flights: dict[str, Flight] = {}
         self._staged: list[torch.Event | None] = [None, None]
+        self._encoded: dict[str, EncodedUnit] = {}
+        self._staging: torch.Tensor | None = None  # uint8 on the device
 
     def load(self, unit: Unit, sample: bool = True) -> Flight:
         """Take device memory and enqueue the copy.
@@ -59,6 +73,8 @@ class Transport:
         """
         lanes = self.lanes
         compute = lanes.compute()
+        if isinstance(unit, EncodedUnit):
+            self._ready_to_travel(unit, sample)
         if sample:
             unit.sample()  # before the copy: a write during it is then seen as a change
         if not isinstance(unit, SlabUnit):
@@ -77,11 +93,10 @@ class Transport:
         try:
             # No graph comes of it: neither side requires gradients, and twins have version counters of their own.
             with lanes.copy:
-                if unit.slab.pinned:
-                    unit.bytes.copy_(unit.slab.bytes, non_blocking=True)
-                    lanes.note("read", lanes.copy, _on_host(unit))
+                if isinstance(unit, EncodedUnit):
+                    flight.arrived = self._through_staging(unit)
                 else:
-                    self._copy_pageable(unit.slab.bytes, unit.bytes)
+                    self._copy(unit, unit.bytes)
             lanes.note("write", lanes.copy, unit.key)
             if unit.addresses is not None:
                 lanes.note("write", lanes.copy, mapping_of(unit.key))
@@ -93,6 +108,82 @@ class Transport:
             unit.free()
             raise
         return flight
+
+    def _copy(self, unit: SlabUnit, target: torch.Tensor) -> None:
+        """What travels of `unit`, on the current stream, which is the copy stream."""
+        if unit.source.pinned:
+            target.copy_(unit.source.bytes, non_blocking=True)
+            self.lanes.note("read", self.lanes.copy, _on_host(unit))
+        else:
+            self._copy_pageable(unit.source.bytes, target)
+
+    # ----------------------------------------------------------- encoded units
+    def admit(self, unit: Unit) -> None:
+        """A unit that will travel. For encoded ones, the kernel that they need is compiled now. Nothing is moved."""
+        if isinstance(unit, EncodedUnit):
+            self._encoded[unit.key] = unit
+            self._lay_table(unit)
+
+    @property
+    def overhead_nbytes(self) -> int:
+        """Device bytes that encoded units need besides their own."""
+        units = self._encoded.values()
+        workspace = max((workspace_nbytes(u.table) for u in units if u.table is not None), default=0)
+        return self._staging_nbytes + workspace + sum(u.overhead_nbytes for u in units)
+
+    @property
+    def overhead_held_nbytes(self) -> int:
+        """Those that are allocated now."""
+        staging = 0 if self._staging is None else align(self._staging.numel(), DEVICE_GRAIN)
+        return staging + sum(u.overhead_nbytes for u in self._encoded.values())
+
+    @property
+    def _staging_nbytes(self) -> int:
+        return align(max((u.payload_nbytes for u in self._encoded.values()), default=0), DEVICE_GRAIN)
+
+    def release_staging(self) -> None:
+        """Give the staging buffer back; the next encoded unit takes it again."""
+        if self._staging is not None:
+            self.lanes.note("free", self.lanes.copy, _STAGING)
+            self._staging = None
+
+    def _lay_table(self, unit: EncodedUnit) -> None:
+        with torch.inference_mode(False), self.lanes.copy:
+            prepare(unit.lay_table(self.lanes.device))
+
+    def _ready_to_travel(self, unit: EncodedUnit, look: bool) -> None:
+        """It is encoded as its masters are now, and there is a buffer to arrive in."""
+        if unit.outdated(look):
+            if unit.copied is not None:
+                self.lanes.host_wait(unit.copied, RETIRE_AFTER_COPY)
+                if unit.source.pinned:
+                    self.lanes.note_host("free", _on_host(unit))
+                unit.copied = None
+            unit.encode()
+            unit.sample()
+            self.lanes.note_host("alloc", _on_host(unit))
+        if unit.table is None:
+            self._lay_table(unit)
+        if self._staging is None or self._staging.numel() < unit.payload_nbytes:
+            self.release_staging()
+            with torch.inference_mode(False), self.lanes.copy:
+                self._staging = torch.empty(self._staging_nbytes, dtype=torch.uint8, device=self.lanes.device)
+            self.lanes.note("alloc", self.lanes.copy, _STAGING)
+
+    def _through_staging(self, unit: EncodedUnit) -> torch.Event:
+        """On the current stream, which is the copy stream. Returns an event behind the copy."""
+        assert self._staging is not None and unit.table is not None and unit.bytes is not None
+        lanes = self.lanes
+        staged = self._staging[: unit.payload_nbytes]
+        self._copy(unit, staged)
+        lanes.note("write", lanes.copy, _STAGING)
+        arrived = lanes.record(lanes.copy)
+        with torch.inference_mode(False), torch.no_grad():
+            cast_unit(unit.table, staged, unit.bytes)
+            lanes.note("read", lanes.copy, _STAGING)
+            if not unit.remembered:
+                unit.remember()
+        return arrived
 
     def _copy_pageable(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Through the two halves of the pinned ring: one is filled by the host while the other is copied out."""
@@ -176,8 +267,10 @@ class Transport:
         """Give up the unit's host memory, once nothing is being copied from it. The unit is not on the device."""
         if unit.copied is not None:
             self.lanes.host_wait(unit.copied, RETIRE_AFTER_COPY)
-            if isinstance(unit, SlabUnit) and unit.slab.pinned:
+            if isinstance(unit, SlabUnit) and unit.source.pinned:
                 self.lanes.note_host("free", _on_host(unit))
+        if self._encoded.pop(unit.key, None) is not None and not self._encoded:
+            self.release_staging()
         unit.retire()
 
 

@@ -271,7 +271,7 @@ def fields(path: str, name: str) -> frozenset[str]:
 
 
 def settings() -> set[str]:
-    return {n for n in fields("prefetch_offload/config.py", "Settings") if n != "make"}
+    return {n for n in fields("prefetch_offload/config.py", "Settings") if n not in ("make", "transport_of")}
 
 
 def python_in(page: Path) -> Iterator[tuple[int, ast.AST]]:

@@ -7,7 +7,7 @@ makes bfloat16 weights a quarter smaller without losing a bit. With Triton on CU
 from __future__ import annotations
 
 from .errors import FormatError, KernelWarning, TableError
-from .launch import available, cast_unit, prepare, unpack
+from .launch import available, cast_unit, prepare, unpack, workspace_nbytes
 from .packing import PackedHeader, Survey, pack_bf16, read_header, survey_bf16
 from .reference import cast_unit_reference, unpack_reference
 from .table import PACKED_BF16, Descriptor, Table, build_table
@@ -31,4 +31,5 @@ __all__ = [
     "survey_bf16",
     "unpack",
     "unpack_reference",
+    "workspace_nbytes",
 ]

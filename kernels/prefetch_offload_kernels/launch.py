@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 
-from . import codes
+from . import codes, reference
 from .errors import KernelWarning, TableError
 from .packing import read_header
-from .reference import cast_unit_reference
 from .table import Descriptor, Table, build_table
 
 # Fused multiply-add would be inexact; nothing here adds, but Triton 3.9 wants it said.
@@ -122,7 +121,12 @@ def cast_unit(table: Table, staging: torch.Tensor, target: torch.Tensor) -> None
     if available(table.device):
         _launch(table, staging, target)
     else:
-        cast_unit_reference(table, staging, target)
+        reference.cast_unit_reference(table, staging, target)
+
+
+def workspace_nbytes(table: Table) -> int:
+    """Device bytes that `cast_unit` takes while it runs, at most: none with the kernel."""
+    return 0 if available(table.device) else reference.workspace_nbytes(table)
 
 
 def unpack(packed: torch.Tensor, device: torch.device | str | None = None) -> torch.Tensor:

@@ -16,6 +16,8 @@ from .table import Descriptor, Table
 # Elements converted at a time, and blocks unpacked at a time.
 _CHUNK = 1 << 20
 _BLOCKS = 64
+# Of temporaries for each of them: 64-bit indices, and a few of bytes.
+_ELEMENT_NBYTES = 16
 
 
 def cast_unit_reference(table: Table, staging: torch.Tensor, target: torch.Tensor) -> None:
@@ -33,6 +35,12 @@ def cast_unit_reference(table: Table, staging: torch.Tensor, target: torch.Tenso
             )
         else:
             _convert(d, staging, target)
+
+
+def workspace_nbytes(table: Table) -> int:
+    """Bytes of temporaries, at most."""
+    sizes = [min(d.elements, _BLOCKS * BLOCK if d.kind == UNPACK else _CHUNK) for d in table.descriptors if d.kind != COPY]
+    return _ELEMENT_NBYTES * max(sizes, default=0)
 
 
 def _slice(buffer: torch.Tensor, offset: int, nbytes: int) -> torch.Tensor:

@@ -1,0 +1,304 @@
+"""Weights that travel encoded: packed, as fp8, or as another dtype."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import DEVICE, settle, weight_nbytes
+from prefetch_offload_kernels import reference
+from torch import nn
+
+import prefetch_offload
+from prefetch_offload import SettingError
+from prefetch_offload.codecs import Piece, codec_for
+from prefetch_offload.encoded import EncodedUnit
+from prefetch_offload.testing.pipelines import scaled
+from prefetch_offload.units import align
+
+PIPES = {
+    "sdxl": scaled("sdxl", width=64, vae_width=8, text_width=64, text_layers=2),
+    "flux": scaled("flux", width=192, layers=4, text_width=64, text_layers=2, vae_width=8),
+}
+INPUTS: dict[str, dict[str, int]] = {"sdxl": {"height": 16, "width": 16}, "flux": {}}
+UNITS = {"unit_min": 64 << 10, "unit_max": 512 << 10}
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the operators that stand in for the kernel take besides is as small as these models."""
+    monkeypatch.setattr(reference, "_CHUNK", 8192)
+    monkeypatch.setattr(reference, "_BLOCKS", 1)
+
+
+def build(name: str, dtype: torch.dtype = torch.bfloat16) -> Any:
+    return PIPES[name].build(dtype=dtype)
+
+
+def draw(name: str, pipe: Any, seed: int = 0) -> bytes:
+    return np.asarray(PIPES[name].call(pipe, seed=seed, steps=2, **INPUTS[name])).tobytes()
+
+
+@functools.cache
+def resident(name: str, lossy: Callable[[Any], None] | None = None, dtype: torch.dtype = torch.bfloat16) -> list[bytes]:
+    """Three images of the pipeline when all of it lives on the device, its weights first changed by `lossy`."""
+    pipe = build(name, dtype)
+    if lossy is not None:
+        lossy(pipe)
+    pipe = pipe.to(DEVICE)
+    return [draw(name, pipe, seed) for seed in range(3)]
+
+
+def weights(pipe: Any) -> list[tuple[str, torch.Tensor]]:
+    modules = {n: m for n, m in pipe.components.items() if isinstance(m, nn.Module)}
+    return [(f"{n}.{key}", p.detach()) for n, m in modules.items() for key, p in m.named_parameters()]
+
+
+def encoded_units(offload: Any) -> list[EncodedUnit]:
+    units = [u for c in offload._session.client.components.values() for u in c.units]
+    return [u for u in units if isinstance(u, EncodedUnit)]
+
+
+@pytest.mark.parametrize("share", [None, 0.4])
+@pytest.mark.parametrize("way", ["raw", "packed"])
+@pytest.mark.parametrize("name", PIPES)
+def test_lossless_ways_give_the_resident_images(name: str, way: str, share: float | None, sim: Any, enable: Any) -> None:
+    expected = resident(name)
+    pipe = build(name)
+    budget = None if share is None else int(share * weight_nbytes(pipe))
+    offload = enable(pipe, transport=way, budget=budget, **UNITS)
+    assert bool(encoded_units(offload)) == (way == "packed")
+    for seed in range(3):
+        settle(sim)
+        sim.reset()
+        assert draw(name, pipe, seed) == expected[seed]
+        if budget is not None:
+            assert sim.counters()["peak"] <= budget
+    assert offload.stats.d2h_nbytes == 0
+
+
+def fp8_rounded(pipe: Any) -> None:
+    """Every weight that travels as fp8, rounded as it arrives; written independently of the codec."""
+    skipped = ("norm", "embed", "shared", "proj_in", "proj_out")
+    for module in pipe.components.values():
+        if not isinstance(module, nn.Module):
+            continue
+        more = tuple(getattr(module, "_skip_layerwise_casting_patterns", None) or ())
+        more += tuple(f".{n}" for n in getattr(module, "_keep_in_fp32_modules", None) or ())
+        for key, p in module.named_parameters():
+            of = key.rpartition(".")[0]
+            if p.dim() < 2 or p.numel() < 1024 or any(s in of for s in (*skipped[:3], *more)) or of in skipped[3:]:
+                continue
+            rows = p.detach().float().reshape(p.shape[0], -1)
+            scale = (rows.abs().amax(1, keepdim=True) / 448).clamp(min=2.0**-126)
+            p.data = ((rows / scale).to(torch.float8_e4m3fn).float() * scale).to(p.dtype).view(p.shape)
+
+
+@pytest.mark.parametrize("share", [None, 0.4])
+@pytest.mark.parametrize("name", PIPES)
+def test_fp8_gives_the_images_of_the_rounded_weights(name: str, share: float | None, sim: Any, enable: Any) -> None:
+    expected = resident(name, fp8_rounded)
+    assert expected[0] != resident(name)[0], "or the test shows nothing"
+    pipe = build(name)
+    before = {key: p.clone() for key, p in weights(pipe)}
+    offload = enable(pipe, transport="fp8", budget=None if share is None else int(share * weight_nbytes(pipe)), **UNITS)
+    for seed in range(3):
+        assert draw(name, pipe, seed) == expected[seed]
+    assert offload.stats.d2h_nbytes == 0
+    offload.disable()
+    assert all(torch.equal(before[key], p) for key, p in weights(pipe)), "the host's weights are exact"
+
+
+def on_link(offload: Any) -> dict[str, int]:
+    return {c.name: c.link_nbytes for c in offload.stats.components}
+
+
+def test_bytes_over_the_link_and_in_host_memory_are_as_computed(sim: Any, enable: Any) -> None:
+    """One call from an empty device with room for all: everything travels once."""
+    pipe = build("flux")
+    raw = enable(pipe, **UNITS)
+    draw("flux", pipe)
+    whole = raw.stats.h2d_nbytes
+    assert raw.stats.pinned_nbytes >= whole
+    raw.disable()
+    moved = {}
+    for way in ("packed", "fp8"):
+        pipe = build("flux")
+        offload = enable(pipe, transport=way, **UNITS)
+        settle(sim)
+        sim.reset()
+        draw("flux", pipe)
+        moved[way] = offload.stats.h2d_nbytes
+        assert moved[way] == sum(on_link(offload).values()) == offload.stats.pinned_nbytes
+        assert moved[way] == sim.counters()["h2d_pinned"]
+        assert "travels encoded: " in offload.report() and "transformer" in offload.report().split("travels encoded: ")[1]
+        offload.disable()
+    assert moved["packed"] <= 0.77 * whole
+    expected = able = fp8 = 0
+    for c in ("text_encoder", "text_encoder_2", "transformer", "vae"):
+        module = getattr(pipe, c)
+        codec = codec_for(offload.settings, c, module, torch.device(DEVICE))
+        for key, t in (*module.named_parameters(), *module.named_buffers()):
+            piece = Piece(key, 0, t.nbytes, t, isinstance(t, nn.Parameter))
+            recipe = codec.recipe(piece) if codec is not None else None
+            if recipe is not None:
+                assert recipe.nbytes == t.numel() + 4 * t.shape[0] + -t.numel() % 4
+                able, fp8 = able + t.nbytes, fp8 + recipe.nbytes
+            expected += align(recipe.nbytes if recipe is not None else t.nbytes, 16)
+    assert expected <= moved["fp8"] <= 1.02 * expected, "tied weights once; no more than alignment comes on top"
+    assert able > 0.5 * whole and fp8 <= 0.51 * able
+
+
+@pytest.mark.parametrize("way", ["packed", "fp8"])
+def test_masters_edited_between_calls_are_honoured(way: str, sim: Any, enable: Any) -> None:
+    def edit(pipe: Any) -> None:
+        pipe.transformer.transformer_blocks[0].attn.to_q.weight.data *= 2.0  # leaves no mark
+        with torch.no_grad():
+            pipe.transformer.transformer_blocks[1].attn.to_k.weight.mul_(3.0)
+        pipe.transformer.transformer_blocks[2].attn.to_k.weight.data = (
+            pipe.transformer.transformer_blocks[2].attn.to_k.weight.data * 0.5
+        )
+
+    def edited(pipe: Any) -> None:
+        edit(pipe)
+        if way == "fp8":
+            fp8_rounded(pipe)
+
+    expected = resident("flux", edited)
+    for share in (None, 0.4):
+        pipe = build("flux")
+        budget = None if share is None else int(share * weight_nbytes(pipe))
+        offload = enable(pipe, transport=way, budget=budget, **UNITS)
+        before = draw("flux", pipe, 1)
+        encodings = [u.encodings for u in encoded_units(offload)]
+        assert set(encodings) == {1}
+        edit(pipe)
+        assert draw("flux", pipe, 1) == expected[1] != before
+        assert draw("flux", pipe, 2) == expected[2]
+        assert sum(u.encodings > 1 for u in encoded_units(offload)) <= 3, "only what changed"
+        offload.disable()
+        assert draw_on_device("flux", pipe, edited=fp8_rounded if way == "fp8" else None) == expected[0]
+
+
+def draw_on_device(name: str, pipe: Any, edited: Callable[[Any], None] | None) -> bytes:
+    if edited is not None:
+        edited(pipe)
+    return draw(name, pipe.to(DEVICE))
+
+
+def test_what_is_written_on_the_device_is_taken_over(sim: Any, enable: Any) -> None:
+    """In a callback, marked and unmarked; what a lossy way made of the other weights is not taken for a change."""
+    pipe = build("flux")
+    offload = enable(pipe, transport="fp8", **UNITS)
+    before = {key: p.clone() for key, p in weights(pipe)}
+
+    def write(pipe: Any, step: int, time: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        if step == 0:
+            pipe.transformer.proj_out.weight.data.zero_()
+            with torch.no_grad():
+                pipe.transformer.transformer_blocks[0].attn.to_q.weight.mul_(0)
+        return inputs
+
+    def harmless(pipe: Any, step: int, time: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        return inputs
+
+    PIPES["flux"].call(pipe, steps=2, callback_on_step_end=harmless)
+    assert offload.stats.d2h_nbytes == 0
+    PIPES["flux"].call(pipe, steps=2, callback_on_step_end=write)
+    changed = [key for key, p in weights(pipe) if not torch.equal(p, before[key])]
+    assert sorted(changed) == ["transformer.proj_out.weight", "transformer.transformer_blocks.0.attn.to_q.weight"]
+    first = draw("flux", pipe)
+    offload.release()
+    assert draw("flux", pipe) == first, "encoded again, it is the same"
+    assert [key for key, p in weights(pipe) if not torch.equal(p, before[key])] == changed
+
+
+def test_a_dtype_that_cannot_hold_the_weights_is_refused(sim: Any, enable: Any) -> None:
+    pipe = build("flux", torch.float32)
+    with torch.no_grad():
+        pipe.transformer.proj_out.weight[0, :3] = 1e6
+        pipe.transformer.x_embedder.weight[0, 0] = float("inf")  # it was infinite before
+    with pytest.raises(SettingError, match=r"'float16': 3 finite weights of transformer in 1 tensors .* proj_out.weight\)"):
+        prefetch_offload.enable(pipe, device=DEVICE, transport=torch.float16, **UNITS)
+    assert not hasattr(pipe.transformer, "_hf_hook") and type(pipe).__name__ == "FluxPipeline"
+    offload = enable(pipe, transport=torch.float16, transport_overflow=True, **UNITS)
+    assert encoded_units(offload)
+    draw("flux", pipe)
+    offload.disable()
+    assert float(pipe.transformer.proj_out.weight[0, 0]) == 1e6
+    offload = enable(pipe, transport=torch.bfloat16, **UNITS)  # which can
+    assert encoded_units(offload)
+
+
+def fp16_rounded(pipe: Any) -> None:
+    for _, p in weights(pipe):
+        p.copy_(p.to(torch.float16))
+
+
+def test_float32_travels_as_float16(sim: Any, enable: Any) -> None:
+    expected = resident("sdxl", fp16_rounded, torch.float32)
+    pipe = build("sdxl", torch.float32)
+    offload = enable(pipe, transport=torch.float16, **UNITS)
+    assert [draw("sdxl", pipe, seed) for seed in range(3)] == expected
+    stats = offload.stats
+    assert sum(c.link_nbytes for c in stats.components) <= 0.52 * sum(c.nbytes for c in stats.components)
+    offload.disable()
+    pipe = build("sdxl", torch.float32)
+    fp16_rounded(pipe)  # weights that were fp16 once: nothing is lost
+    exact = [p.clone() for _, p in weights(pipe)]
+    enable(pipe, transport=torch.float16, **UNITS)
+    assert [draw("sdxl", pipe, seed) for seed in range(3)] == expected
+    assert all(torch.equal(a, b) for a, (_, b) in zip(exact, weights(pipe), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("zip", r"transport='zip' is no way to move weights: give 'raw', 'packed', 'fp8', 'auto', or one of torch.float16"),
+        (torch.int8, r"transport=torch.int8 is no way"),
+        (8, "transport=8 is no way"),
+        (None, "transport=None is no way"),
+        ({"vae": "zip"}, r"transport\['vae'\]='zip' is no way"),
+        ({3: "raw"}, "3 is neither"),
+        ({"vea": "fp8"}, r"transport names 'vea', .* its components are .*vae"),
+    ],
+)
+def test_unknown_ways_are_refused(given: Any, message: str, sim: Any) -> None:
+    pipe = build("flux")
+    with pytest.raises(SettingError, match=message):
+        prefetch_offload.enable(pipe, device=DEVICE, transport=given, **UNITS)
+    assert not hasattr(pipe.transformer, "_hf_hook") and type(pipe).__name__ == "FluxPipeline"
+
+
+def test_a_way_per_component_and_another_one_later(sim: Any, enable: Any) -> None:
+    pipe = build("flux")
+    offload = enable(pipe, transport={"transformer": "packed", "vae": torch.float16, "default": "raw"}, **UNITS)
+
+    def encoded() -> set[str]:
+        return {u.key.split("#")[0] for u in encoded_units(offload)}
+
+    assert encoded() == {"transformer"}, "bfloat16 is no wider than float16"
+    assert [draw("flux", pipe, seed) for seed in range(3)] == resident("flux")
+    enable(pipe, transport={"text_encoder": "packed"}, **UNITS)
+    assert encoded() == {"text_encoder"}
+    assert [draw("flux", pipe, seed) for seed in range(3)] == resident("flux")
+    enable(pipe, transport="auto", **UNITS)
+    assert encoded() == set(), "not measured here"
+    assert [draw("flux", pipe, seed) for seed in range(3)] == resident("flux")
+
+
+def test_two_pipelines_give_the_staging_buffer_back(sim: Any, enable: Any) -> None:
+    pipes = [build("flux"), build("sdxl")]
+    offloads = [enable(pipe, transport="packed", **UNITS) for pipe in pipes]
+    engine = offloads[0]._engine
+    for name, pipe in zip(("flux", "sdxl"), pipes, strict=True):
+        assert draw(name, pipe) == resident(name)[0]
+    assert engine.transport.overhead_held_nbytes > 0
+    for offload in offloads:
+        offload.disable()
+    assert engine.transport.overhead_held_nbytes == engine.transport.overhead_nbytes == 0
+    assert engine.pins.nbytes == 0
