@@ -236,7 +236,7 @@ class Engine(Moves):
                 client.memory.ran_out(shape)  # it was alone
             self._drop(others)
             self._segments.pop(threading.get_ident(), None)
-            self.lanes.empty_cache()
+            self._give_back()
             if component.streamable and shape in client.memory.tight:
                 self._make_ready(component, client, self._cap(component, client))
                 if component.stream is not None:
@@ -360,3 +360,5 @@ class Engine(Moves):
                 self._drop([u.key for u in component.units if u.key in self.transport.flights])
                 for thread in [t for t, current in self.current.items() if current == component.key]:
                     del self.current[thread]
+            if self.addresses is not None:
+                self.addresses.give_back()
