@@ -86,6 +86,9 @@ class Addresses:
     def trim(self) -> None:
         """Give back what is no longer read; where `limit_nbytes` demands it, the host waits for that."""
 
+    def give_back(self) -> None:
+        """Give back all that units have left. The host waits until it is no longer read."""
+
     def idle_of_others(self, units: Iterable[str]) -> int:
         """Device bytes that units besides these take for good without being on the device."""
         return 0

@@ -254,7 +254,7 @@ class Engine(Moves):
                 client.memory.ran_out(shape)  # it was alone
             self._drop(others)
             self._segments.pop(threading.get_ident(), None)
-            self.lanes.empty_cache()
+            self._give_back()
             if component.streamable and shape in client.memory.tight:
                 self._make_ready(component, client, self._cap(component, client))
                 if component.stream is not None:
@@ -383,3 +383,5 @@ class Engine(Moves):
                     del self.current[thread]
             if not self.residency.held():
                 self.transport.release_staging()
+            if self.addresses is not None:
+                self.addresses.give_back()

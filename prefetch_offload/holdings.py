@@ -298,7 +298,7 @@ class Holdings:
         """Let the component's units have addresses for life, or none any more, as the client wants it."""
         wanted = client.settings.stable_addresses
         stable = component.graphs if wanted is None else wanted
-        if stable is component.stable:
+        if stable is component.stable or component.running:
             return
         if stable and self.addresses is None:
             self.addresses = addresses_for(self.lanes)

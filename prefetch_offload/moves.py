@@ -97,6 +97,12 @@ class Moves(Holdings):
                 f"({wanted / GIB:.2f} GiB) of device memory for good: {error}. {NO_ARENA}"
             ) from error
 
+    def _give_back(self) -> None:
+        """Whatever nothing holds is free for anyone."""
+        if self.addresses is not None:
+            self.addresses.give_back()
+        self.lanes.empty_cache()
+
     def _within(self, cap: int, at_once: bool = True) -> None:
         """Memory that weights have left is given back as far as `cap` bytes for weights demand it, now or when they load."""
         addresses = self.addresses
@@ -266,7 +272,7 @@ class Moves(Holdings):
     def _drop_all_but(self, component: Component, protected: frozenset[str]) -> None:
         own = {u.key for u in component.units}
         self._drop([u for u in self.residency.held() if u not in own and u not in protected])
-        self.lanes.empty_cache()
+        self._give_back()
 
     def _watch_over(self, component: Component, client: Client, share: Share | None) -> None:
         """Await units one by one from here on, if any is missing; what the component reads itself is awaited now."""

@@ -275,6 +275,11 @@ class VirtualAddresses(Addresses):
                 return True
         return False
 
+    def give_back(self) -> None:
+        while self._reclaim():
+            pass
+        self._poll()
+
     def trim(self) -> None:
         self._poll()
         while self.limit_nbytes is not None and self.pool_nbytes > self.limit_nbytes and self._reclaim():

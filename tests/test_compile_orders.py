@@ -117,6 +117,31 @@ def test_dynamic_whole_graph_in_other_sizes(when: str, dynamo: None, enable: Any
     assert counted.graphs == 1 and figures(offload) == {"vae": (1, 0, 0)}
 
 
+def test_fluxs_single_blocks_compile_twice_wherever_they_are(dynamo: None, enable: Any, sim: Any) -> None:
+    """The first is given what was made for it, the others parts of a larger tensor: two layouts, two graphs. That is the
+    model's own doing, on the device and under stock offload alike; ours adds nothing, and tells why."""
+    case = scaled("flux", width=64, layers=2, single_layers=3, text_width=32, vae_width=8)
+    graphs = []
+    for how in ("resident", "stock", "ours"):
+        torch._dynamo.reset()
+        counters.clear()
+        pipe, counted = case.build(), Backend("eager")
+        blocks(pipe, {"backend": counted, "fullgraph": True})
+        if how == "resident":
+            pipe.to(DEVICE)
+        elif how == "stock":
+            pipe.enable_model_cpu_offload(device=DEVICE)
+        else:
+            offload = enable(pipe)
+        case.call(pipe, seed=0, steps=2)
+        graphs.append(counted.graphs)
+        assert counters["stats"]["unique_graphs"] == counted.graphs
+    assert graphs == [3, 3, 3]
+    assert figures(offload) == {"transformer": (3, 0, 1)}
+    (transformer,) = (c for c in offload.stats.components if c.name == "transformer")
+    assert "tensor 'hidden_states' stride mismatch" in transformer.recompiles[0]
+
+
 # ------------------------------------------------------------------------------------------------- passes that reorder
 class Reversing:
     """Runs what can run late first: of the nodes whose inputs are there, always the one that came last."""

@@ -76,7 +76,7 @@ def test_addresses_are_equal_over_five_calls(share: float, cuda: FakeCuda, enabl
     assert cuda.names().count("cuMemAddressReserve") == len(offload._engine.units), "one range each, for life"
     assert offload.stats.pool_nbytes == cuda.used > 0
     offload.release()
-    assert offload.stats.pool_nbytes == cuda.used <= budget
+    assert offload.stats.pool_nbytes == cuda.used == 0, "what is left is free for anyone"
     assert offload.stats.resident_nbytes == 0
     offload.disable()
     assert cuda.used == offload.stats.pool_nbytes == 0
@@ -127,8 +127,6 @@ def two_streams(pipe: Any, offload: Any) -> None:
     with torch.no_grad(), offload.calling(), torch.Stream(device=DEVICE) as stream:
         pipe.text_encoder(ids)
         offload.release()
-        offload._engine.addresses.limit_nbytes = 0
-        offload._engine.addresses.trim()
         pipe.text_encoder(ids)
         offload.release()
     torch.accelerator.current_stream().wait_event(stream.record_event())
@@ -177,7 +175,9 @@ def from_another_stream(pipe: Any, offload: Any) -> None:
         for stream in streams:
             with stream:
                 pipe.text_encoder(ids)
-                offload.release()
+                engine, component = offload._engine, pipe.text_encoder._hf_hook.component
+                with engine._changing():
+                    engine._drop([u.key for u in component.units])
     for stream in streams:
         torch.accelerator.current_stream().wait_event(stream.record_event())
 
@@ -202,7 +202,7 @@ def test_memory_is_passed_on_to_units_of_the_same_size(
     created, mapped = (cuda.names().count(n) - b for n, b in zip(("cuMemCreate", "cuMemMap"), before, strict=True))
     monkeypatch.undo()
     assert offload.plan.streamed["transformer"] > 0.3
-    assert mapped > 20 and created < mapped * 0.6
+    assert mapped - created > 20, "memory that one unit left was put behind another's address"
     assert offload.stats.peak_nbytes <= 10 * block
 
 
@@ -222,11 +222,31 @@ def test_errors_of_the_driver_are_unwound(call: str, error: int, cuda: FakeCuda,
         assert cuda.fail[call][0] < 0, "it was met"
         cuda.fail = {}
         offload.release()
-        torch.accelerator.synchronize()
-        if offload._engine.addresses is not None:
-            offload._engine.addresses.trim()
         assert cuda.used == used == 0
     assert_same(images_of("flux", pipe), resident("flux", torch.float32))
+
+
+def test_activations_get_what_weights_have_left(
+    cuda: FakeCuda, enable: Any, sim: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Out of memory in a forward: what was dropped is unmapped before it runs again, however far the device has come."""
+    monkeypatch.setattr(Lanes, "happened", lambda *args: False)
+    pipe = CASES["flux"].build()
+    offload = enable(pipe, stable_addresses=True, **UNITS)
+    assert_same(images_of("flux", pipe)[:1], resident("flux", torch.float32)[:1])
+    failed: list[int] = []
+
+    def fail(module: Any, args: Any) -> None:
+        if not failed:
+            failed.append(offload._engine.addresses.pool_nbytes)
+            raise torch.OutOfMemoryError("activations")
+        failed.append(offload._engine.addresses.idle_nbytes)
+
+    handle = pipe.vae.decoder.register_forward_pre_hook(fail)
+    assert_same([np.asarray(CASES["flux"].call(pipe, seed=0))], resident("flux", torch.float32)[:1])
+    handle.remove()
+    assert failed[0] > 0 and failed[1] == 0
+    assert offload.stats.counts["ladder"] == 1
 
 
 def test_no_memory_at_all(cuda: FakeCuda, enable: Any) -> None:
