@@ -14,7 +14,7 @@ from prefetch_offload_kernels import reference
 from torch import nn
 
 import prefetch_offload
-from prefetch_offload import SettingError
+from prefetch_offload import SettingError, codecs
 from prefetch_offload.codecs import Piece, codec_for
 from prefetch_offload.encoded import EncodedUnit
 from prefetch_offload.testing.pipelines import scaled
@@ -229,7 +229,7 @@ def test_a_dtype_that_cannot_hold_the_weights_is_refused(sim: Any, enable: Any) 
     assert encoded_units(offload)
     draw("flux", pipe)
     offload.disable()
-    assert float(pipe.transformer.proj_out.weight[0, 0]) == 1e6
+    assert pipe.transformer.proj_out.weight.detach()[0, 0] == 1e6
     offload = enable(pipe, transport=torch.bfloat16, **UNITS)  # which can
     assert encoded_units(offload)
 
@@ -302,3 +302,22 @@ def test_two_pipelines_give_the_staging_buffer_back(sim: Any, enable: Any) -> No
         offload.disable()
     assert engine.transport.overhead_held_nbytes == engine.transport.overhead_nbytes == 0
     assert engine.pins.nbytes == 0
+
+
+@pytest.mark.parametrize("slow_link", [False, True])
+def test_auto_packs_where_that_was_measured_to_be_faster(
+    slow_link: bool, sim: Any, enable: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codecs, "MEASURED_ON", (DEVICE,))
+    expected = resident("flux")
+    pipe = build("flux")
+    if slow_link:
+        sim.configure(1 << 50, 0.005, 0, 0)
+    budget = None if slow_link else int(0.5 * weight_nbytes(pipe))
+    offload = enable(pipe, transport="auto", budget=budget, **UNITS)
+    packed = len(encoded_units(offload))
+    assert packed
+    for seed in range(3):
+        assert draw("flux", pipe, seed) == expected[seed]
+    left = len(encoded_units(offload))
+    assert left > packed // 2 if slow_link else left < packed // 2
