@@ -359,6 +359,8 @@ class Engine(Moves):
         with self._changing():
             for component in client.components.values():
                 if not component.bound:
+                    for unit in component.units:
+                        unit.changed()  # whatever a fingerprint says
                     self._refresh(component)
 
     def timeline(self) -> Timeline:
