@@ -32,6 +32,8 @@ SMALLEST = 1024
 WORTH_PACKING = 0.95
 # As diffusers' layerwise casting skips (DEFAULT_SKIP_MODULES_PATTERN), and all embeddings. What fine-tuning adds is small.
 SKIPPED = ("pos_embed", "patch_embed", "norm", "^proj_in$", "^proj_out$", "embed", r"(^|\.)shared$", "lora_")
+# Kinds of devices on which "auto" packs, and goes by what events say about it. The others' operators are slower than a link.
+MEASURED_ON = ("cuda",)
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -309,7 +311,7 @@ def codec_for(settings: Settings, name: str, module: nn.Module, device: torch.de
         *(getattr(module, "_skip_layerwise_casting_patterns", None) or ()),
         *(rf"(^|\.){re.escape(n)}(\.|$)" for n in getattr(module, "_keep_in_fp32_modules", None) or ()),
     )
-    if way == "packed":
+    if way == "packed" or (way == "auto" and device.type in MEASURED_ON):
         return Packed(device if device.type == "cuda" else None)
     if way == "fp8":
         return Fp8(patterns)

@@ -78,6 +78,7 @@ class Component:
         self.device, self.settings, self._pins = device, settings, pins
         self._codec = codec_for(settings, name, module, device)
         self._recode = False
+        self._rejected: set[str] = set()
         self.units: list[Unit] = []
         self.bound = False
         self.by_hand = False
@@ -133,7 +134,9 @@ class Component:
     def unchanged(self) -> bool:
         """The modules show the same tensors, with their data where it was, as when last adopted."""
         modules = modules_of(self.module)
-        if self._recode or self._placed or modules != self._modules or self._count(modules) != self._n_entries:
+        if self._recode or self._rejected or self._placed:
+            return False
+        if modules != self._modules or self._count(modules) != self._n_entries:
             return False
         for entries, key, master in self._slots:
             if entries.get(key) is not master.tensor:
@@ -150,6 +153,15 @@ class Component:
         if ways[0] != ways[1]:
             self.settings, self._recode = settings, True
             self._codec = codec_for(settings, self.name, self.module, self.device)
+
+    @property
+    def on_trial(self) -> bool:
+        """How its units travel best is to be measured."""
+        return self.settings.transport_of(self.name) == "auto"
+
+    def reject(self, units: list[str]) -> None:
+        """These travel raw once it has been adopted anew."""
+        self._rejected |= set(units)
 
     @staticmethod
     def _count(modules: list[nn.Module]) -> int:
@@ -188,8 +200,10 @@ class Component:
                 master.slots.append((entries, key))
                 slots.append((entries, key, master))
         present = set(map(id, seen.values()))
-        kept = [u for u in self._all_units() if not self._recode and self._intact(u, present)]
-        self._recode = False
+        fit = [u for u in self._all_units() if not self._recode and u.key not in self._rejected]
+        kept = [u for u in fit if self._intact(u, present)]
+        codec = self._codec if not self._rejected else None
+        self._recode, self._rejected = False, set()
         settled = {id(m) for u in kept for m in u.masters}
         fresh = [m for m in seen.values() if id(m) not in settled]
         made: list[Unit] = []
@@ -203,7 +217,7 @@ class Component:
             suspended = []
             if fresh:
                 name = f"{self.key}.{next(self._generation)}"
-                made = build_units(name, fresh, self.settings, self._pins, self._codec)
+                made = build_units(name, fresh, self.settings, self._pins, codec)
         gone = [u for u in self._all_units() if u not in kept]
         self._suspended = suspended
         self.units = kept + made

@@ -14,7 +14,7 @@ from .errors import OffloadError
 from .holdings import Client
 from .moves import Moves, head_units
 from .planner import plan_entry
-from .planning import ASSUMED_GBPS, replan
+from .planning import ASSUMED_GBPS, EARLY, replan, try_out
 from .residency import Prefetched, State
 from .simulator import Link
 from .trace import Timeline
@@ -271,6 +271,9 @@ class Engine(Moves):
                 client.entered.clear()
                 client.available = 0
                 self._sampled.clear()
+                for component in try_out(self, client) if client.calls <= EARLY else ():
+                    if not component.bound:
+                        self._refresh(component, sampled=False)
                 client.memory.overhead_nbytes = self.transport.overhead_nbytes
                 replan(self, client)
                 self.recorder.call_started(f"call {client.calls + 1}", client.number)
@@ -363,6 +366,8 @@ class Engine(Moves):
         with self._changing():
             for component in client.components.values():
                 if not component.bound:
+                    for unit in component.units:
+                        unit.changed()  # whatever a fingerprint says
                     self._refresh(component)
 
     def timeline(self) -> Timeline:

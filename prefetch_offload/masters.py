@@ -195,7 +195,7 @@ class Unit:
         """Give up what the unit holds of the host; its tensors keep their data."""
 
     def changed(self) -> None:
-        """What was written on the device has been written back to a master."""
+        """A master is not what it was when it last travelled: written back from the device, or by hand."""
 
     def sample(self) -> None:
         """Remember a fingerprint of the master bytes: device and host are equal now, or will be when the copy arrives."""

@@ -19,7 +19,7 @@ ASSUMED_GBPS = 24.8
 # Planning anew costs milliseconds: only when compute changed by more than measurements jitter.
 _COMPUTE_CHANGE = 1.25
 # Looking through a call's events costs a few microseconds each: in each of the first calls, then now and then.
-_EARLY, _OFTEN = 4, 8
+EARLY, _OFTEN = 4, 8
 
 
 def measure(engine: Engine, client: Client) -> None:
@@ -36,6 +36,25 @@ def measure(engine: Engine, client: Client) -> None:
     gbps = engine.recorder.link_gbps()
     if gbps is not None:
         engine.link = Link(gbps)
+
+
+def try_out(engine: Engine, client: Client) -> list[Component]:
+    """With ``transport="auto"``: components of which some units came no sooner packed than they would have come raw, by the
+    last call's events. These units travel raw once the components have been adopted anew."""
+    gbps = engine.recorder.link_gbps() if any(c.on_trial for c in client.components.values()) else None
+    if gbps is None:
+        return []
+    found = []
+    for key, times in engine.recorder.unpack_ms().items():
+        component = client.components.get(key)
+        if component is None or not component.on_trial:
+            continue
+        raw = {u.key: u for u in component.units if u.travels_encoded and u.key in times}
+        slower = [k for k, u in raw.items() if times[k] >= (u.nbytes - u.payload_nbytes) / gbps / 1e6]
+        if slower:
+            component.reject(slower)
+            found.append(component)
+    return found
 
 
 def load_of(component: Component, activation_nbytes: int) -> ComponentLoad:
@@ -95,7 +114,7 @@ def replan(engine: Engine, client: Client) -> None:
 
     Sets the client's `plan`, `shares`, `heads` and `planned_because`.
     """
-    measured = client.calls <= _EARLY or client.calls % _OFTEN == 0
+    measured = client.calls <= EARLY or client.calls % _OFTEN == 0
     if measured:
         measure(engine, client)
     workload, budget = workload_of(client), budget_of(engine, client)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -10,13 +11,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import DEVICE, settle, weight_nbytes
-from prefetch_offload_kernels import reference
+from prefetch_offload_kernels import build_table, cast_unit_reference, reference
 from torch import nn
 
 import prefetch_offload
-from prefetch_offload import SettingError
+from prefetch_offload import SettingError, codecs
+from prefetch_offload.bound import lower_bound_ms
 from prefetch_offload.codecs import Piece, codec_for
 from prefetch_offload.encoded import EncodedUnit
+from prefetch_offload.recorder import Recorder
+from prefetch_offload.simulator import ComponentLoad, Link, Workload
+from prefetch_offload.strategy import plan_call
 from prefetch_offload.testing.pipelines import scaled
 from prefetch_offload.units import align
 
@@ -184,6 +189,18 @@ def test_masters_edited_between_calls_are_honoured(way: str, sim: Any, enable: A
         assert draw_on_device("flux", pipe, edited=fp8_rounded if way == "fp8" else None) == expected[0]
 
 
+def test_refresh_sees_what_no_fingerprint_does(sim: Any, enable: Any) -> None:
+    pipe = build("flux")
+    offload = enable(pipe, transport="packed", fingerprints=False, **UNITS)
+    before = draw("flux", pipe)
+    weight = pipe.transformer.transformer_blocks[0].attn.to_q.weight
+    weight.data[1:9] = 4.0  # between the words that a fingerprint samples
+    offload.refresh()
+    after = draw("flux", pipe)
+    offload.disable()
+    assert after != before and after == draw_on_device("flux", pipe, None)
+
+
 def draw_on_device(name: str, pipe: Any, edited: Callable[[Any], None] | None) -> bytes:
     if edited is not None:
         edited(pipe)
@@ -229,7 +246,7 @@ def test_a_dtype_that_cannot_hold_the_weights_is_refused(sim: Any, enable: Any) 
     assert encoded_units(offload)
     draw("flux", pipe)
     offload.disable()
-    assert float(pipe.transformer.proj_out.weight[0, 0]) == 1e6
+    assert pipe.transformer.proj_out.weight.detach()[0, 0] == 1e6
     offload = enable(pipe, transport=torch.bfloat16, **UNITS)  # which can
     assert encoded_units(offload)
 
@@ -302,3 +319,74 @@ def test_two_pipelines_give_the_staging_buffer_back(sim: Any, enable: Any) -> No
         offload.disable()
     assert engine.transport.overhead_held_nbytes == engine.transport.overhead_nbytes == 0
     assert engine.pins.nbytes == 0
+
+
+def test_auto_leaves_raw_what_was_measured_to_be_slower(sim: Any, enable: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On this device all of it: its link takes no time, and what stands in for the kernel does."""
+    monkeypatch.setattr(codecs, "MEASURED_ON", (DEVICE,))
+    pipe = build("flux")
+    offload = enable(pipe, transport="auto", budget=int(0.5 * weight_nbytes(pipe)), **UNITS)
+    packed = len(encoded_units(offload))
+    assert [draw("flux", pipe, seed) for seed in range(3)] == resident("flux")
+    assert len(encoded_units(offload)) < packed // 2
+
+
+def test_auto_decides_unit_by_unit(sim: Any, enable: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codecs, "MEASURED_ON", (DEVICE,))
+    measured = Recorder.unpack_ms
+
+    def said(recorder: Recorder) -> dict[str, dict[str, float]]:
+        return {
+            key: {unit: 1e6 if "single_transformer_blocks.1" in unit else 0.0 for unit in times}
+            for key, times in measured(recorder).items()
+        }
+
+    monkeypatch.setattr(Recorder, "unpack_ms", said)
+    pipe = build("flux")
+    offload = enable(pipe, transport="auto", **UNITS)
+    before = {u.key for u in encoded_units(offload)}
+    assert [draw("flux", pipe, seed) for seed in range(3)] == resident("flux")
+    left = {u.key for u in encoded_units(offload)}
+    assert left == {u for u in before if "single_transformer_blocks.1" not in u} != before
+
+
+def test_the_planner_counts_what_is_on_the_link() -> None:
+    """Half the bytes over a link are as all of them over one that is twice as fast; unpacking comes on top of each copy."""
+    units = tuple(f"u{i}" for i in range(6))
+    nbytes, compute = dict.fromkeys(units, 10_000_000), dict.fromkeys(units, 0.1)
+    whole = ComponentLoad(units, nbytes, compute, 1_000_000)
+    half = dataclasses.replace(whole, copy_nbytes=dict.fromkeys(units, 5_000_000))
+    slow, fast, budget = Link(10.0), Link(20.0), 31_000_000
+
+    def call(load: ComponentLoad, link: Link) -> tuple[float, float, int]:
+        workload = Workload({"a": load}, (("a", 4),))
+        plan = plan_call(workload, budget, link)
+        return plan.prediction.call_ms, lower_bound_ms(workload, budget, link), plan.prediction.h2d_nbytes
+
+    assert call(half, slow)[:2] == pytest.approx(call(whole, fast)[:2])
+    assert 2 * call(half, slow)[2] == call(whole, fast)[2]
+    unpacked = dataclasses.replace(half, unpack_ms=dict.fromkeys(units, 0.5))  # as long as the copy
+    assert call(unpacked, slow)[:2] == pytest.approx(call(whole, slow)[:2])
+    mixed = dataclasses.replace(whole, copy_nbytes=dict.fromkeys(units[::2], 5000000))
+    ms, bound, _ = call(mixed, slow)
+    assert call(half, slow)[1] <= bound <= ms <= call(whole, slow)[0]
+
+
+@pytest.mark.parametrize("shape", [(64, 48), (8, 40, 3, 3), (1, 2048), (2048, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_fp8_in_any_order_of_memory(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    t = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    views = [t, t.transpose(0, 1).contiguous().transpose(0, 1)]
+    views += [t.to(memory_format=torch.channels_last)] if t.dim() == 4 else []
+    for view in views:
+        piece = Piece("linear.weight", 0, t.nbytes, view, True)
+        recipe = codecs.Fp8().recipe(piece)
+        assert recipe is not None
+        out, back = torch.zeros(recipe.nbytes, dtype=torch.uint8), torch.zeros(t.nbytes, dtype=torch.uint8)
+        recipe.write(out)
+        cast_unit_reference(build_table([recipe.descriptor(0, 0)], "cpu"), out, back)
+        error = (back.view(dtype).float() - piece.flat.float()).abs()
+        assert (error <= piece.flat.float().abs() / 15 + t.abs().max().float() / 448 / 512).all()
+    bad = t.clone()
+    bad.view(-1)[7] = float("nan")
+    assert codecs.Fp8().recipe(Piece("linear.weight", 0, t.nbytes, bad, True)) is None, "it has no scale"
