@@ -390,3 +390,28 @@ def test_fp8_in_any_order_of_memory(shape: tuple[int, ...], dtype: torch.dtype) 
     bad = t.clone()
     bad.view(-1)[7] = float("nan")
     assert codecs.Fp8().recipe(Piece("linear.weight", 0, t.nbytes, bad, True)) is None, "it has no scale"
+
+
+def test_a_refused_allocation_anywhere(sim: Any, enable: Any) -> None:
+    """Of a unit, of the staging buffer, or of what the cast takes meanwhile: as many calls are saved as with raw units."""
+    expected = resident("flux")[0]
+    pipe = build("flux")
+    offload = enable(pipe, transport="packed", budget=int(0.4 * weight_nbytes(pipe)), **UNITS)
+    draw("flux", pipe)
+    sim.reset()
+    assert draw("flux", pipe) == expected
+    saved = raised = 0
+    n = int(sim.counters()["allocs"])
+    for index in range(0, n, n // 6):
+        offload.release()
+        sim.fail_allocation(index)
+        try:
+            assert draw("flux", pipe) == expected
+            saved += 1
+        except torch.OutOfMemoryError:
+            raised += 1
+        sim.fail_allocation(-1)
+        offload._engine.residency.validate()
+        offload.budget = offload.budget
+    assert draw("flux", pipe) == expected
+    assert saved > 2 * raised and offload.stats.counts["ladder"] > 0
