@@ -10,7 +10,21 @@ import numpy as np
 import pytest
 import torch
 from conftest import DEVICE
-from test_compile_watch import SMALL, Backend, Options, decode, draw, dynamo, figures, in_place, its_forward, three
+from test_compile_watch import (
+    ORDERS,
+    SMALL,
+    Backend,
+    Options,
+    assigned,
+    compiled_resident,
+    decode,
+    draw,
+    dynamo,
+    figures,
+    in_place,
+    its_forward,
+    three,
+)
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -77,17 +91,16 @@ def test_repeated_blocks(
     assert counted.graphs == 2 and figures(again) == {}
 
 
-@pytest.mark.parametrize("order", [in_place, decode, its_forward], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("order", ORDERS, ids=lambda f: f.__name__)
 def test_compiled_before_by_aot_eager(order: Any, dynamo: None, enable: Any) -> None:
     """The rest of what tests/test_compile_watch.py runs; bitwise equal to code that AOT has compiled for the resident."""
-    from test_compile_watch import assigned, compiled_resident
-
-    expected, graphs = compiled_resident(assigned if order is not decode else decode, "aot_eager")
+    same = assigned if order in (in_place, its_forward) else order
+    expected, graphs = compiled_resident(same, "aot_eager")
     torch._dynamo.reset()
     pipe, counted = SMALL["sd"].build(), Backend("aot_eager")
     order(pipe, {"backend": counted, "fullgraph": True})
     offload = enable(pipe, strict_compile=True)
-    assert three(pipe) == expected
+    assert three(pipe, between=offload.release) == expected
     assert counted.graphs == graphs
     assert set(figures(offload).values()) == {(graphs, 0, 0)}
 

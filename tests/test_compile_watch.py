@@ -80,11 +80,14 @@ def draw(pipe: Any, call: int, name: str = "sd", **extra: Any) -> bytes:
     return np.asarray(SMALL[name].call(pipe, seed=call, prompt=prompt, steps=steps, **extra)).tobytes()
 
 
-def three(pipe: Any, name: str = "sd") -> list[bytes]:
+def three(pipe: Any, name: str = "sd", between: Callable[[], Any] = lambda: None) -> list[bytes]:
     """Three calls; in the second and third, compiling again is an error of PyTorch's."""
     images = [draw(pipe, 0, name)]
     with torch.compiler.set_stance("fail_on_recompile"):
-        return [*images, *(draw(pipe, call, name) for call in (1, 2))]
+        for call in (1, 2):
+            between()
+            images.append(draw(pipe, call, name))
+    return images
 
 
 @cache
@@ -122,7 +125,9 @@ def test_each_order(
     if when == "after":
         order(pipe, options)
     counters.clear()
-    assert three(pipe) == expected
+    assert three(pipe, between=offload.release) == expected, "with all weights off the device between the calls"
+    part_nbytes = next(c.nbytes for c in offload.stats.components if c.name == ORDERS[order])
+    assert next(c.h2d_nbytes for c in offload.stats.components if c.name == ORDERS[order]) >= 2.9 * part_nbytes
     assert counted.graphs == graphs == counters["stats"]["unique_graphs"]
     assert not counters["graph_break"]
     part = ORDERS[order]
