@@ -166,15 +166,17 @@ class Engine(Moves):
         segment = self._segments.get(threading.get_ident())
         if segment is None:
             return False
-        segment.needs(self._reset_peak(), self.baseline + self.transport.overhead_held_nbytes)
+        with self.lock:  # other threads' segments come and go
+            segment.needs(self._reset_peak(), self.baseline + self.transport.overhead_held_nbytes)
         return True
 
     def weighed(self) -> None:
         """Units have moved: what they took on their way is nobody's activations."""
         segment = self._segments.get(threading.get_ident())
         if segment is not None:
-            self._reset_peak()
-            segment.held_nbytes, segment.peak_nbytes = self.residency.held_nbytes, 0
+            with self.lock:
+                self._reset_peak()
+                segment.held_nbytes, segment.peak_nbytes = self.residency.held_nbytes, 0
 
     def _reset_peak(self) -> int:
         """The peak since it was last reset. The statistic is the device's, not the thread's."""

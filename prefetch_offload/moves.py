@@ -228,6 +228,7 @@ class Moves(Holdings):
     ) -> EntryPlan:
         """Leave `target` on the device of what is the client's."""
         mine = {u.key for c in client.components.values() for u in c.units} - protected
+        target = tuple(u for u in target if u in self.units)  # weights may have changed since the script was found
         held = [u for u in self.residency.held() if u in mine or u in target]
         own = component.order if component is not None else None
         plan = follow(target, held, own, component is None or component.streamable)

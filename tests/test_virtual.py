@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,11 @@ from virtual_memory import GRAIN, FakeCuda
 import prefetch_offload
 from prefetch_offload import BudgetError, OffloadError, OffloadWarning, virtual
 from prefetch_offload.device import Lanes
+from prefetch_offload.simulator import Link, Workload
+from prefetch_offload.strategy import balanced
 from prefetch_offload.testing.pipelines import CASES, scaled
 from prefetch_offload.virtual import Driver
+from prefetch_offload.window import Share
 
 BIG = scaled("sdxl", width=64)
 UNITS = {"unit_min": 32 << 10, "unit_max": 128 << 10}
@@ -182,6 +186,12 @@ def from_another_stream(pipe: Any, offload: Any) -> None:
         torch.accelerator.current_stream().wait_event(stream.record_event())
 
 
+def untimed(workload: Workload, budget_nbytes: int, link: Link) -> Mapping[str, Share]:
+    """The same plan on every machine, however busy: as if each unit computed for a millisecond."""
+    components = {n: replace(c, compute_ms=dict.fromkeys(c.units, 1.0)) for n, c in workload.components.items()}
+    return balanced(Workload(components, workload.runs), budget_nbytes, Link(1.0))
+
+
 def test_memory_is_passed_on_to_units_of_the_same_size(
     cuda: FakeCuda, enable: Any, sim: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,7 +200,9 @@ def test_memory_is_passed_on_to_units_of_the_same_size(
     case = scaled("flux", width=64, layers=12, single_layers=1, text_width=32, vae_width=8)
     pipe = case.build()
     block = sum(p.nbytes for p in pipe.transformer.transformer_blocks[0].parameters())
-    offload = enable(pipe, budget=10 * block, unit_min=block // 4, unit_max=2 * block, stable_addresses=True)
+    offload = enable(
+        pipe, budget=10 * block, unit_min=block // 4, unit_max=2 * block, stable_addresses=True, strategy=untimed
+    )
     whole = case.build().to(DEVICE)
     expected = [np.asarray(case.call(whole, seed=0, steps=steps)) for steps in (2, 6)]
     del whole
