@@ -11,6 +11,7 @@ bounded in time, and writes into a folder of its own as it goes.
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -21,7 +22,6 @@ from typing import Annotated
 
 import typer
 
-OURS = ("--mode", "ours:stock", "--mode", "ours")
 OFFLOAD = ("-m", "benchmarks.offload")
 
 
@@ -150,8 +150,6 @@ def parts(device: str) -> list[Part]:
 
 def run(part: Part, out: Path, limit_s: float) -> dict[str, object]:
     """Run one part. Returns what it was, how long it took and how it ended; its output is in the part's folder."""
-    import os
-
     folder = out / part.name
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, *(str(folder) if w == "OUT" else w for w in part.command)]

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import torch
 from diffusers import (
-    AutoencoderKL,
     DiffusionPipeline,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
-    UNet2DConditionModel,
 )
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from prefetch_offload.testing._pipeline_parts import clip_tokenizer
+
+from . import published
+
+VOCABULARY = 49408  # of the stand-in tokenizer, in place of T5's own of 32,128
 
 
 def filled(module: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -34,66 +38,89 @@ def filled(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return module
 
 
+def token_ids() -> dict[str, int]:
+    """What a text encoder has to know of the stand-in tokenizer."""
+    tokenizer = clip_tokenizer()
+    return {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "vocab_size": VOCABULARY}
+
+
+def silent(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 @torch.no_grad()
 def sdxl(dtype: torch.dtype = torch.float16) -> DiffusionPipeline:
     """Stable Diffusion XL base 1.0: UNet 5.14 GB, text encoders 0.25 and 1.39 GB, VAE 0.17 GB in fp16."""
-    tokenizer = clip_tokenizer()
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "vocab_size": 49408}
+    ids = token_ids()
     with torch.device("meta"):
-        unet = UNet2DConditionModel(
-            sample_size=128,
-            in_channels=4,
-            out_channels=4,
-            block_out_channels=(320, 640, 1280),
-            layers_per_block=2,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 2, 10),
-            attention_head_dim=(5, 10, 20),
-            cross_attention_dim=2048,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-            use_linear_projection=True,
+        unet = published.sdxl_unet()
+        vae = published.vae(4, True, sample_size=1024, scaling_factor=0.13025, force_upcast=True)
+        first, second = published.clip_l(**ids), published.clip_g(**ids)
+    return silent(
+        StableDiffusionXLPipeline(
+            text_encoder=filled(first, dtype),
+            text_encoder_2=filled(second, dtype),
+            tokenizer=clip_tokenizer(),
+            tokenizer_2=clip_tokenizer(pad_token="!"),
+            unet=filled(unet, dtype),
+            vae=filled(vae, dtype),
+            scheduler=EulerDiscreteScheduler(
+                beta_start=0.00085,
+                beta_end=0.012,
+                beta_schedule="scaled_linear",
+                steps_offset=1,
+                timestep_spacing="leading",
+            ),
         )
-        vae = AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512),
-            layers_per_block=2,
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            latent_channels=4,
-            sample_size=1024,
-            scaling_factor=0.13025,
-            force_upcast=True,
-        )
-        first = CLIPTextModel(
-            CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, **ids)
-        )
-        second = CLIPTextModelWithProjection(
-            CLIPTextConfig(
-                hidden_size=1280,
-                intermediate_size=5120,
-                num_hidden_layers=32,
-                num_attention_heads=20,
-                hidden_act="gelu",
-                projection_dim=1280,
-                **ids,
-            )
-        )
-    pipe = StableDiffusionXLPipeline(
-        text_encoder=filled(first, dtype),
-        text_encoder_2=filled(second, dtype),
-        tokenizer=tokenizer,
-        tokenizer_2=clip_tokenizer(pad_token="!"),
-        unet=filled(unet, dtype),
-        vae=filled(vae, dtype),
-        scheduler=EulerDiscreteScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            steps_offset=1,
-            timestep_spacing="leading",
-        ),
     )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+
+
+@torch.no_grad()
+def sd3(dtype: torch.dtype = torch.float16) -> DiffusionPipeline:
+    """Stable Diffusion 3 medium: transformer 4.2 GB, T5-XXL 9.5 GB, CLIP 0.25 and 1.39 GB, VAE 0.17 GB in fp16."""
+    ids = token_ids()
+    with torch.device("meta"):
+        transformer = published.sd3_transformer()
+        vae = published.vae(16, False, sample_size=1024, scaling_factor=1.5305, shift_factor=0.0609)
+        first, second = published.clip_l_projection(**ids), published.clip_g(**ids)
+        third = published.t5(vocab_size=VOCABULARY, is_encoder_decoder=False, use_cache=False)
+    return silent(
+        StableDiffusion3Pipeline(
+            transformer=filled(transformer, dtype),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=filled(vae, dtype),
+            text_encoder=filled(first, dtype),
+            tokenizer=clip_tokenizer(),
+            text_encoder_2=filled(second, dtype),
+            tokenizer_2=clip_tokenizer(),
+            text_encoder_3=filled(third, dtype),
+            tokenizer_3=clip_tokenizer(),
+        )
+    )
+
+
+@torch.no_grad()
+def flux(
+    dtype: torch.dtype = torch.bfloat16, layers: int = 19, single_layers: int = 38, text_layers: int = 24
+) -> DiffusionPipeline:
+    """Flux.1 dev: transformer 23.8 GB, T5-XXL 9.5 GB, CLIP 0.25 GB, VAE 0.17 GB in bf16; fewer layers for a trial."""
+    with torch.device("meta"):
+        transformer = published.flux_transformer(num_layers=layers, num_single_layers=single_layers)
+        vae = published.vae(16, False, sample_size=1024, scaling_factor=0.3611, shift_factor=0.1159)
+        clip = published.clip_l(**token_ids())
+        t5 = published.t5(vocab_size=VOCABULARY, num_layers=text_layers, is_encoder_decoder=False, use_cache=False)
+    return silent(
+        FluxPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            text_encoder=filled(clip, dtype),
+            tokenizer=clip_tokenizer(),
+            text_encoder_2=filled(t5, dtype),
+            tokenizer_2=clip_tokenizer(),
+            transformer=filled(transformer, dtype),
+            vae=filled(vae, dtype),
+        )
+    )
+
+
+PIPELINES = {"sdxl": sdxl, "sd3": sd3, "flux": flux}

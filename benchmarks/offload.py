@@ -31,9 +31,10 @@ import torch
 import typer
 from diffusers import DiffusionPipeline
 
-from prefetch_offload.commands import devices, link
+from prefetch_offload.commands import devices, link, running
+from prefetch_offload.testing.pipelines import scaled
 
-from . import modes
+from . import models, modes
 
 # What is compared unless modes are named. Peers that are not installed are rows that say so.
 DEFAULT = ("resident", "stock", "ours:stock", "ours", *(m for m in modes.MODES if m not in ("resident", "stock")))
@@ -119,43 +120,30 @@ class Scenario:
 
     @property
     def small(self) -> bool:
-        return self.model.endswith("-small")
+        return self.model in SMALL
 
     @property
     def simulated(self) -> bool:
         return devices.simulator(self.device) is not None
 
 
+# Small versions of the same, for a machine without a GPU.
+SMALL = {
+    "flux-small": {"width": 192, "layers": 4, "text_width": 192, "text_layers": 8},
+    "sdxl-small": {"width": 64},
+}
+
+
 def build(model: str) -> DiffusionPipeline:
-    if model == "sdxl":
-        from . import models
-
-        return models.sdxl()
-    if model == "flux":
-        from .flux import flux
-
-        return flux()
-    if model == "flux-small":
-        from prefetch_offload.testing.pipelines import scaled
-
-        return scaled("flux", width=192, layers=4, text_width=192, text_layers=8).build()
-    if model == "sdxl-small":
-        from prefetch_offload.testing.pipelines import scaled
-
-        return scaled("sdxl", width=64).build()
-    if model == "sd3":
-        from .sd3 import sd3
-
-        return sd3()
-    from prefetch_offload.commands import running
-
-    pipe = running.load(model, torch.bfloat16)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    if model in models.PIPELINES:
+        return models.PIPELINES[model]()
+    if model in SMALL:
+        return scaled(model.removesuffix("-small"), **SMALL[model]).build()
+    return models.silent(running.load(model, torch.bfloat16))
 
 
 def call(pipe: DiffusionPipeline, model: str, steps: int) -> np.ndarray:
-    size = 64 if model.endswith("small") else 1024
+    size = 64 if model in SMALL else 1024
     generator = torch.Generator("cpu").manual_seed(0)
     inputs = {"height": size, "width": size, "num_inference_steps": steps, "generator": generator, "output_type": "np"}
     if model == "flux-small":

@@ -13,7 +13,6 @@ from torch import nn
 from .compiling import inductor_settings
 from .config import MIB
 from .errors import UnsupportedError
-from .points import traced
 
 if TYPE_CHECKING:
     from .component import Component
@@ -128,24 +127,21 @@ def _refuse_frozen_call(name: str, call: Any) -> None:
         )
 
 
-def refuse_compiled(component: Component, call: Any) -> None:
+def refuse_compiled(component: Component, call: Any, compiled: frozenset[int]) -> None:
     """Before a component is entered that may have been compiled since it was enabled. Quick where it was not.
 
     Args:
         call: compiled code around all of the module, if that is what is about to run.
+        compiled: see `refuse_frozen`.
 
     Raises:
         UnsupportedError: as `refuse`.
     """
     name, module = component.name, component.module
-    if isinstance(call, functools.partial):  # the call of an OptimizedModule
-        call = call.args[0].__dict__.get("forward")
     for each in (call, module.__dict__.get("forward")):
         if each is not None and is_package(each):
             raise UnsupportedError(_package(name))
     if call is not None:
         _refuse_frozen_call(name, call)
-    if "torch._inductor.config" in sys.modules:
-        found = traced(component._modules)
-        if found:
-            refuse_frozen(name, module, found)
+    if compiled:
+        refuse_frozen(name, module, compiled)

@@ -10,6 +10,7 @@ since the last look; where a version of PyTorch lacks one, the figure is None, w
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 import threading
 import warnings
@@ -92,6 +93,10 @@ class Compiled:
         self.fresh = True
         if breaks:
             self.unseen.append(f"{breaks} graph break{'s' if breaks > 1 else ''}; TORCH_LOGS=graph_breaks tells where")
+
+    def restructured(self) -> None:
+        """It has other modules now, an adapter's for example: their code is compiled anew, whatever its weights look like."""
+        self._shown.clear()
 
     def check(self, masters: Iterable[Master]) -> None:
         """These twins are shown from now on. One that compiled code will not accept is reported, each kind once."""
@@ -273,6 +278,11 @@ def inductor_settings(call: Any) -> dict[str, Any] | None:
     except Exception:
         return None  # a private matter of this PyTorch's
     return found if isinstance(found, dict) else None
+
+
+def compiled_code(call: Any) -> Any:
+    """The compiled code that a call runs: an OptimizedModule's lies in it."""
+    return call.args[0].__dict__.get("forward") if isinstance(call, functools.partial) else call
 
 
 def uses_cuda_graphs(module: nn.Module, call: Any) -> bool:

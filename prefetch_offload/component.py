@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
+import sys
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -179,7 +179,10 @@ class Component:
         Returns:
             (units that are new, units that are gone). The caller drops the latter's device memory first if it is held.
         """
-        self._modules = modules_of(self.module)
+        modules = modules_of(self.module)
+        if self.compiled is not None and modules != self._modules:
+            self.compiled.restructured()
+        self._modules = modules
         self._n_entries = self._count(self._modules)
         names = {id(m): n for n, m in self.module.named_modules(remove_duplicate=False)}
         seen: dict[int, Master] = {}
@@ -258,13 +261,19 @@ class Component:
         self._chart()
         return True
 
-    def look_for_graphs(self, call: Any) -> None:
-        """Find out whether it is compiled with CUDA graphs, if what is compiled of it has changed. `call`: compiled code around
-        all of it that is about to run."""
-        if isinstance(call, functools.partial):  # the call of an OptimizedModule
-            call = call.args[0].__dict__.get("forward")
-        looked = traced(self._modules), id(call)
-        if (looked[0] or call is not None) and looked != self._looked:
+    def compiled_now(self) -> frozenset[int]:
+        """Identities of the modules with compiled calls, as far as Inductor may be behind them."""
+        return traced(self._modules) if "torch._inductor.config" in sys.modules else frozenset()
+
+    def look_for_graphs(self, call: Any, compiled: frozenset[int]) -> None:
+        """Find out whether it is compiled with CUDA graphs, if what is compiled of it has changed.
+
+        Args:
+            call: compiled code around all of it that is about to run, or None.
+            compiled: see `compiled_now`.
+        """
+        looked = compiled, id(call)
+        if (compiled or call is not None) and looked != self._looked:
             self._looked = looked
             self.graphs = uses_cuda_graphs(self.module, call)
 

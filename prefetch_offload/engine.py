@@ -12,7 +12,7 @@ from .component import Component
 from .config import Budget, Settings
 from .errors import OffloadError
 from .holdings import Client
-from .moves import Moves, head_units
+from .moves import Moves
 from .planner import plan_entry
 from .planning import ASSUMED_GBPS, EARLY, replan, try_out
 from .residency import Prefetched, State
@@ -31,7 +31,7 @@ class _Segment:
 
     def needs(self, peak_nbytes: int, baseline_nbytes: int) -> int:
         """Device memory that was in use besides weights."""
-        now = max(peak_nbytes, self.peak_nbytes) - self.held_nbytes - baseline_nbytes  # the latter with what else is known
+        now = max(peak_nbytes, self.peak_nbytes) - self.held_nbytes - baseline_nbytes
         self._found_nbytes = max(self._found_nbytes, now)
         return self._found_nbytes
 
@@ -167,8 +167,13 @@ class Engine(Moves):
         if segment is None:
             return False
         with self.lock:  # other threads' segments come and go
-            segment.needs(self._reset_peak(), self.baseline + self.transport.overhead_held_nbytes)
+            segment.needs(self._reset_peak(), self._besides_nbytes)
         return True
+
+    @property
+    def _besides_nbytes(self) -> int:
+        """Device memory that is neither units nor anybody's activations."""
+        return self.baseline + self.transport.overhead_held_nbytes
 
     def weighed(self) -> None:
         """Units have moved: what they took on their way is nobody's activations."""
@@ -210,7 +215,7 @@ class Engine(Moves):
         for key, share in client.shares.items():
             component = client.components[key]
             if len(share.keep) < len(component.units):
-                client.heads[key] = head_units(component, share)
+                client.heads[key] = self._held_first(component, share, entered=False)
 
     # ------------------------------------------------------------ measurement
     def _take_baseline(self, client: Client) -> None:
@@ -233,7 +238,7 @@ class Engine(Moves):
         if self.lanes.unseen_nbytes:  # what the allocator does not count has its peak at another time
             self._reset_peak()
         if segment is not None and learn:
-            needs = segment.needs(peak, self.baseline + self.transport.overhead_held_nbytes)
+            needs = segment.needs(peak, self._besides_nbytes)
             segment.memory.learn(segment.shape, needs, segment.weight_nbytes)
 
     def keep_memory(self, component: Component) -> None:

@@ -20,7 +20,7 @@ from .masters import SlabUnit
 from .planner import EntryPlan, follow, lasting, plan_entry
 from .residency import Await, Dropped, Entered, Instruction, Load, Needed, Prefetched, State
 from .streaming import Stream
-from .window import Share, Window, share_of
+from .window import Share, held_first, share_of
 
 
 class Moves(Holdings):
@@ -130,6 +130,10 @@ class Moves(Holdings):
         once = component.least_nbytes - sum(nbytes[u] for u in component.must)
         return share_of(component.order, nbytes, component.unit_ms, room, 2 * once, component.must)
 
+    @staticmethod
+    def _held_first(component: Component, share: Share, entered: bool) -> tuple[str, ...]:
+        return held_first(component.order, {u.key: u.nbytes for u in component.units}, share, entered)
+
     def _client(self, component: Component) -> Client:
         stack = self._calls.get(threading.get_ident())
         if stack and component.key in stack[-1].components:
@@ -168,7 +172,7 @@ class Moves(Holdings):
         heads.pop(component.key, None)
         plan = self._scripted(client, component, share, cap, protected)
         if share is not None:
-            first = heads[component.key] = first_units(component, share)
+            first = heads[component.key] = self._held_first(component, share, entered=True)
             cap -= share.limit_nbytes - sum(self.units[u].nbytes for u in first)  # its window will fill up
         try:
             prefetch = share is None or share.ahead
@@ -415,17 +419,3 @@ class Moves(Holdings):
             self._run_ahead(client, self.residency.handle(Prefetched(plan)))
             if component.stream is not None:
                 component.stream.resync()  # its own units went; and its first ones may have come, for the next call
-
-
-def head_units(component: Component, share: Share) -> tuple[str, ...]:
-    """The units of `component` to hold before it begins, in order of use."""
-    nbytes = {u.key: u.nbytes for u in component.units}
-    chosen = {*Window(component.order, nbytes, share).head(), *share.keep}
-    return tuple(u for u in component.order if u in chosen)
-
-
-def first_units(component: Component, share: Share) -> tuple[str, ...]:
-    """The units of `component` to hold or load when it begins, in order of use."""
-    nbytes = {u.key: u.nbytes for u in component.units}
-    chosen = {*Window(component.order, nbytes, share).first(), *share.keep}
-    return tuple(u for u in component.order if u in chosen)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from .planner import EntryPlan, follow, lasting, plan_entry
 from .residency import Await, Drop, Dropped, Entered, Instruction, Load, Needed, Prefetched, Residency, State
 from .trace import Level, Span, Timeline
-from .window import Scripted, Share, Window, window_of
+from .window import Scripted, Share, Window, held_first, window_of
 
 # Passes of a run that are simulated one by one; those in between repeat the last of them. 2 fill the window and show
 # its steady state, 1 is the last, in which the next component comes in.
@@ -194,10 +194,8 @@ class _Device:
 
     def _held_first(self, name: str, entered: bool) -> tuple[str, ...]:
         """What a component that streams holds before it begins, or when it does."""
-        component, share = self.workload.components[name], self.shares[name]
-        window = Window(component.units, component.nbytes, share)
-        first = set(window.first() if entered else window.head()) | share.keep
-        return tuple(u for u in component.units if u in first)
+        component = self.workload.components[name]
+        return held_first(component.units, component.nbytes, self.shares[name], entered)
 
     def carry_out(self, instructions: Sequence[Instruction], activations: int) -> None:
         clock = self.clock

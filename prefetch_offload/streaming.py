@@ -147,9 +147,7 @@ class Stream:
         if arrived is not None:
             self._visited.append(point)
             self._marks.append((point, arrived, engine.lanes.record(engine.lanes.compute())))
-        elif isinstance(window, Scripted):
-            pass
-        elif window is None or not (self._last or any(map(window.streams, point.units))):
+        elif window is None or not (self._last or window.scripted or any(map(window.streams, point.units))):
             point.remove()  # it stays: nothing to await from now on
 
     def _follow(self, window: Scripted, point: Point) -> None:

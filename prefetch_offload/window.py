@@ -116,7 +116,10 @@ class Window:
         order: the streamed units in order of use within a pass.
         held: those that are on the device or on their way.
         held_nbytes: their bytes; at most `limit_nbytes`, unless one reader needs more at once.
+        scripted: units move at every read, also of those that stay.
     """
+
+    scripted = False
 
     def __init__(self, order: Sequence[str], nbytes: Mapping[str, int], share: Share) -> None:
         kept = sum(nbytes[u] for u in order if u in share.keep)
@@ -264,6 +267,8 @@ class Window:
 class Scripted(Window):
     """A window that follows a script. The engine moves what a row says; the rules are for what the device refused."""
 
+    scripted = True
+
     def __init__(self, order: Sequence[str], nbytes: Mapping[str, int], share: Share) -> None:
         super().__init__(order, nbytes, share)
         assert share.script is not None
@@ -291,3 +296,10 @@ class Scripted(Window):
 def window_of(order: Sequence[str], nbytes: Mapping[str, int], share: Share) -> Window:
     """The window that `share` asks for."""
     return (Window if share.script is None else Scripted)(order, nbytes, share)
+
+
+def held_first(order: Sequence[str], nbytes: Mapping[str, int], share: Share, entered: bool) -> tuple[str, ...]:
+    """The units that a component with this share holds before it begins, or (`entered`) when it does, in order of use."""
+    window = Window(order, nbytes, share)
+    chosen = {*(window.first() if entered else window.head()), *share.keep}
+    return tuple(u for u in order if u in chosen)

@@ -86,6 +86,14 @@ def enable(sim: Any) -> Iterator[Callable[..., Offload]]:
         assert engine.pins.nbytes == 0
 
 
+@pytest.fixture
+def dynamo() -> Iterator[None]:
+    """Nothing is compiled, before and after."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 SEEDS = (0, 1, 2)
 
 

@@ -19,7 +19,7 @@ from test_compile_watch import (
     compiled_resident,
     decode,
     draw,
-    dynamo,
+    entered,
     figures,
     in_place,
     its_forward,
@@ -28,14 +28,12 @@ from test_compile_watch import (
 from torch import nn
 from torch._dynamo.utils import counters
 
-from prefetch_offload.adapter.hooks import CpuOffload
 from prefetch_offload.component import Component
 from prefetch_offload.config import Settings
 from prefetch_offload.host import Pins
 from prefetch_offload.masters import SlabUnit
 from prefetch_offload.testing.pipelines import scaled
 
-__all__ = ["dynamo"]  # a fixture
 SMALL["blocks"] = scaled("flux", width=64, layers=8, single_layers=1, text_width=32, vae_width=8)
 TIGHT = 7  # blocks that the budget has room for
 
@@ -65,9 +63,7 @@ def test_repeated_blocks(
     expected = resident(backend)
     torch._dynamo.reset()
     limit = torch._dynamo.config.recompile_limit
-    entries: list[str] = []
-    run = CpuOffload.run
-    monkeypatch.setattr(CpuOffload, "run", lambda self, *a: (entries.append(self.component.name), run(self, *a))[1])
+    entries = entered(monkeypatch)
     pipe = SMALL["blocks"].build()
     counted = Backend(backend)
     settings = tight(pipe) if streamed else {}

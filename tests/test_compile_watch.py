@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -43,13 +43,6 @@ class Backend:
             return compiled(*args)
 
         return run
-
-
-@pytest.fixture
-def dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def in_place(pipe: Any, options: Options) -> None:
@@ -100,6 +93,14 @@ def compiled_resident(order: Callable[[Any, Options], None], backend: str) -> tu
     return three(pipe.to(DEVICE)), counted.graphs
 
 
+def entered(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of components, each time one's hook fires from now on."""
+    entries: list[str] = []
+    run = CpuOffload.run
+    monkeypatch.setattr(CpuOffload, "run", lambda self, *a: (entries.append(self.component.name), run(self, *a))[1])
+    return entries
+
+
 def figures(offload: Any) -> dict[str, tuple[int, int, int]]:
     return {c.name: (c.graphs, c.graph_breaks, len(c.recompiles)) for c in offload.stats.components if c.graphs}
 
@@ -113,9 +114,7 @@ def test_each_order(
     expected, graphs = compiled_resident(same, backend)
     torch._dynamo.reset()
     limit = torch._dynamo.config.recompile_limit
-    entries: list[Any] = []
-    run = CpuOffload.run
-    monkeypatch.setattr(CpuOffload, "run", lambda self, *a: (entries.append(self.component.name), run(self, *a))[1])
+    entries = entered(monkeypatch)
     pipe = SMALL["sd"].build()
     counted = Backend(backend)
     options = {"backend": counted, "fullgraph": True}

@@ -124,8 +124,6 @@ def test_enabling_again_and_stocks_removal_do_not_decompile(backend: Backend, si
         assert "_old_forward" not in vars(pipe.transformer) and "forward" not in vars(pipe.transformer._orig_mod)
 
 
-# PEFT freezes the weights below an adapter, and PyTorch compiles again for it, of the resident pipeline as well: it is said.
-@pytest.mark.filterwarnings("ignore:.*requires_grad was True when its code was compiled.*:prefetch_offload.OffloadWarning")
 def test_lora_on_a_compiled_transformer(backend: Backend, sim: Any, enable: Any) -> None:
     weights = lora_state_dict(CASES["flux"].build())
     expected = []

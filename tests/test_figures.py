@@ -7,30 +7,32 @@ from collections.abc import Callable
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
     AutoencoderKLLTXVideo,
     AutoencoderKLQwenImage,
     AutoencoderKLWan,
-    FluxTransformer2DModel,
     LTXVideoTransformer3DModel,
     QwenImageTransformer2DModel,
-    SD3Transformer2DModel,
-    UNet2DConditionModel,
     WanTransformer3DModel,
 )
 from torch import nn
 from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
-    T5Config,
-    T5EncoderModel,
     UMT5Config,
     UMT5EncoderModel,
 )
 
+from benchmarks.published import (
+    T5_XXL,
+    clip_g,
+    clip_l,
+    clip_l_projection,
+    flux_transformer,
+    sd3_transformer,
+    sdxl_unet,
+    t5,
+    vae,
+)
 from prefetch_offload.config import GIB, Settings
 from prefetch_offload.figures import MODELS
 from prefetch_offload.masters import modules_of, tensors_of
@@ -39,46 +41,6 @@ from prefetch_offload.units import Extent, cut
 
 
 # ------------------------------------------------------ published configurations
-def clip_l() -> CLIPTextModel:
-    config = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
-    return CLIPTextModel(config)
-
-
-def clip_l_projection() -> CLIPTextModelWithProjection:
-    return CLIPTextModelWithProjection(
-        CLIPTextConfig(
-            hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768
-        )
-    )
-
-
-def clip_g() -> CLIPTextModelWithProjection:
-    return CLIPTextModelWithProjection(
-        CLIPTextConfig(
-            hidden_size=1280,
-            intermediate_size=5120,
-            num_hidden_layers=32,
-            num_attention_heads=20,
-            hidden_act="gelu",
-            projection_dim=1280,
-        )
-    )
-
-
-T5_XXL = {
-    "d_model": 4096,
-    "d_ff": 10240,
-    "d_kv": 64,
-    "num_heads": 64,
-    "num_layers": 24,
-    "feed_forward_proj": "gated-gelu",
-}
-
-
-def t5() -> T5EncoderModel:
-    return T5EncoderModel(T5Config(vocab_size=32128, **T5_XXL))
-
-
 def umt5() -> UMT5EncoderModel:
     return UMT5EncoderModel(UMT5Config(vocab_size=256384, **T5_XXL))
 
@@ -106,62 +68,23 @@ def qwen_vl() -> Qwen2_5_VLForConditionalGeneration:
     )
 
 
-def unet() -> UNet2DConditionModel:
-    return UNet2DConditionModel(
-        sample_size=128,
-        block_out_channels=(320, 640, 1280),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2, 10),
-        attention_head_dim=(5, 10, 20),
-        cross_attention_dim=2048,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=2816,
-        use_linear_projection=True,
-    )
-
-
-def vae(channels: int, quant: bool) -> AutoencoderKL:
-    return AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=channels,
-        use_quant_conv=quant,
-        use_post_quant_conv=quant,
-    )
-
-
-def sd3() -> SD3Transformer2DModel:
-    return SD3Transformer2DModel(
-        sample_size=128,
-        num_layers=24,
-        num_attention_heads=24,
-        caption_projection_dim=1536,
-        out_channels=16,
-        pos_embed_max_size=192,
-    )
-
-
 def wan() -> WanTransformer3DModel:
     return WanTransformer3DModel(num_attention_heads=40, ffn_dim=13824, num_layers=40)
 
 
 BUILDERS: dict[str, dict[str, Callable[[], nn.Module]]] = {
-    "sdxl": {"text_encoder": clip_l, "text_encoder_2": clip_g, "unet": unet, "vae": lambda: vae(4, True)},
+    "sdxl": {"text_encoder": clip_l, "text_encoder_2": clip_g, "unet": sdxl_unet, "vae": lambda: vae(4, True)},
     "sd3": {
         "text_encoder": clip_l_projection,
         "text_encoder_2": clip_g,
         "text_encoder_3": t5,
-        "transformer": sd3,
+        "transformer": sd3_transformer,
         "vae": lambda: vae(16, False),
     },
     "flux": {
         "text_encoder": clip_l,
         "text_encoder_2": t5,
-        "transformer": lambda: FluxTransformer2DModel(guidance_embeds=True),
+        "transformer": flux_transformer,
         "vae": lambda: vae(16, False),
     },
     "qwen-image": {"text_encoder": qwen_vl, "transformer": QwenImageTransformer2DModel, "vae": AutoencoderKLQwenImage},

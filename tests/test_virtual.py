@@ -214,7 +214,7 @@ def test_memory_is_passed_on_to_units_of_the_same_size(
     created, mapped = (cuda.names().count(n) - b for n, b in zip(("cuMemCreate", "cuMemMap"), before, strict=True))
     monkeypatch.undo()
     assert offload.plan.streamed["transformer"] > 0.3
-    assert mapped - created > 20, "memory that one unit left was put behind another's address"
+    assert mapped > 20 and created < mapped * 0.6
     assert offload.stats.peak_nbytes <= 10 * block
 
 

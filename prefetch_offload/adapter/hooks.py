@@ -14,7 +14,7 @@ from accelerate.utils import send_to_device
 from torch import nn
 
 from ..captured import refuse_compiled
-from ..compiling import watch
+from ..compiling import compiled_code, watch
 from ..component import Component
 from ..config import Settings
 from ..device import is_out_of_memory
@@ -142,9 +142,10 @@ class CpuOffload(accelerate.hooks.CpuOffload):
         engine = self.session.engine
         if engine.is_current(component) and not (whole and component.stream is not None):
             return args, kwargs
-        refuse_compiled(component, call if whole else None)
+        code, compiled = compiled_code(call) if whole else None, component.compiled_now()
+        refuse_compiled(component, code, compiled)
         if self.session.client.settings.stable_addresses is None and not component.graphs:
-            component.look_for_graphs(call if whole else None)
+            component.look_for_graphs(code, compiled)
         previous = getattr(self.prev_module_hook, "hook", None)
         previous = previous.component if isinstance(previous, CpuOffload) else None
         engine.enter(component, shape_of(module, args, kwargs), previous, called, whole)

@@ -14,7 +14,7 @@ from rich.table import Table
 from ..api import enable
 from ..config import MIB, Settings
 from ..device import is_out_of_memory
-from ..errors import OffloadError, SettingError
+from ..errors import OffloadError
 from . import curve, devices, running
 
 
@@ -62,12 +62,11 @@ def bench(request: Request, console: Console) -> bool:
     budgets = [b for text in request.budgets for b in text.split(",") if b]
     for budget in budgets:
         Settings.make(budget)
-    if request.dtype is not None and request.dtype not in running.DTYPES:
-        raise SettingError(f"--dtype {request.dtype}: give one of {', '.join(running.DTYPES)}.")
+    running.check_dtype(request.dtype)
     device = devices.pick(request.device, request.simulate)
     simulated = devices.simulator(device) is not None
     running.quiet(device, progress=sys.stderr.isatty())
-    dtype = running.DTYPES[request.dtype or ("float32" if simulated else "bfloat16")]
+    dtype = running.dtype_of(request.dtype, device)
     console.print(f"Running on the {devices.describe(device)}, {str(dtype).split('.')[1]}.")
     ways = ["resident"] if request.resident else []
     ways += ["stock offload", "prefetch_offload, stock's memory", "prefetch_offload, default"]

@@ -50,13 +50,11 @@ def run(request: Request, console: Console) -> bool:
     Settings.make(request.budget)  # a typing error should not wait for the model to load
     if request.against is not None and request.against not in WAYS:
         raise SettingError(f"--against {request.against}: give {' or '.join(WAYS)}.")
-    if request.dtype is not None and request.dtype not in running.DTYPES:
-        raise SettingError(f"--dtype {request.dtype}: give one of {', '.join(running.DTYPES)}.")
+    running.check_dtype(request.dtype)
     running.check_image_path(request.out)
     device = devices.pick(request.device, request.simulate)
-    simulated = devices.simulator(device) is not None
     running.quiet(device, progress=sys.stderr.isatty())
-    dtype = running.DTYPES[request.dtype or ("float32" if simulated else "bfloat16")]
+    dtype = running.dtype_of(request.dtype, device)
     calls = request.calls or (2 if request.against else 1)  # a fair comparison needs a call that is not the first
     console.print(f"Running on the {devices.describe(device)}, {str(dtype).split('.')[1]}.")
 

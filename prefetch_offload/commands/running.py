@@ -48,6 +48,21 @@ class Outcome:
         return min(self.seconds[1:], default=None)
 
 
+def dtype_of(name: str | None, device: torch.device) -> torch.dtype:
+    """The type that `--dtype` asks for; of weights on the simulated accelerator float32 unless it says otherwise."""
+    return DTYPES[name or ("float32" if devices.simulator(device) is not None else "bfloat16")]
+
+
+def check_dtype(name: str | None) -> None:
+    """Before anything runs.
+
+    Raises:
+        SettingError: there is no such type.
+    """
+    if name is not None and name not in DTYPES:
+        raise SettingError(f"--dtype {name}: give one of {', '.join(DTYPES)}.")
+
+
 def load(model: str, dtype: torch.dtype) -> DiffusionPipeline:
     """A pipeline from a folder or the hub.
 
