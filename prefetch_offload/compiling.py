@@ -147,7 +147,8 @@ class CompileWatch:
         self._frames = self._graphs = self._breaks = 0
         # by value of the code, as Dynamo keeps it: the list of reasons that was last seen, and how long it was
         self._reasons: dict[CodeType, tuple[list[Any], int]] = {}
-        self._owners: dict[int, weakref.WeakSet[Compiled]] = {}  # by a code's identity
+        # by a code's identity: the code, and the modules that it was compiled for
+        self._owners: dict[int, tuple[weakref.ref[CodeType], weakref.WeakSet[nn.Module]]] = {}
 
     def start(self) -> None:
         """Count from now on. Again is a no-op."""
@@ -240,11 +241,15 @@ class CompileWatch:
         compiled = component.compiled
         if compiled is None:
             compiled = component.compiled = Compiled(component)
-        owners = self._owners.setdefault(id(code), weakref.WeakSet())
+        known, owners = self._owners.get(id(code), (None, None))
+        if owners is None or known is None or known() is not code:  # a code object that was freed leaves its identity
+            owners = weakref.WeakSet()
+            self._owners[id(code)] = weakref.ref(code), owners
         # Code that two components share, and that has been compiled for the other only, is compiled here for the first time.
-        first = id(code) not in compiled.codes and len(owners) > 0
+        # The module counts: enabling again makes another component of it, while the first may or may not be collected yet.
+        first = component.module not in owners and len(owners) > 0
         compiled.codes[id(code)] = code
-        owners.add(compiled)
+        owners.add(component.module)
         compiled.add(graphs, breaks, [_told(code, reasons)] if reasons and not first else [])
 
     def _skipped(self, component: Component) -> None:
