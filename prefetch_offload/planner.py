@@ -170,6 +170,8 @@ def lasting(
         nbytes, owner: of every unit; its component.
         room_nbytes: bytes that others may hold while a component runs.
     """
+    if not plan.prefetches:
+        return plan
     names = list(dict.fromkeys(upcoming))
     index = {name: i for i, name in enumerate(names)}
     rooms = [room_nbytes(name) for name in names]

@@ -125,6 +125,7 @@ class Residency:
     def __init__(self) -> None:
         self._units: dict[str, _Unit] = {}
         self._components: dict[str, tuple[str, ...]] = {}
+        self._known: tuple[dict[str, int], frozenset[str]] | None = None  # for views, until a unit comes or goes
         self.held_nbytes = 0
 
     # ------------------------------------------------------------ what there is
@@ -135,12 +136,14 @@ class Residency:
         if nbytes < 0:
             raise ValueError(f"unit {unit} has {nbytes} bytes")
         self._units[unit] = _Unit(nbytes, prefetchable)
+        self._known = None
 
     def remove_unit(self, unit: str) -> None:
         """Forget a unit. Raises TransitionError unless it is in state HOST."""
         if self._units[unit].state is not State.HOST:
             raise TransitionError(f"cannot forget {unit} while it is {self.state(unit).value}\n{self.story(unit)}")
         del self._units[unit]
+        self._known = None
         self._components = {c: tuple(u for u in units if u != unit) for c, units in self._components.items()}
 
     def set_component(self, component: str, units: Sequence[str]) -> None:
@@ -182,10 +185,15 @@ class Residency:
 
     def view(self) -> View:
         """What a planner may look at: a copy, so that planning changes nothing."""
+        if self._known is None:
+            self._known = (
+                {u: unit.nbytes for u, unit in self._units.items()},
+                frozenset(u for u, unit in self._units.items() if unit.prefetchable),
+            )
         return View(
-            nbytes={u: unit.nbytes for u, unit in self._units.items()},
-            held=frozenset(self.held()),
-            prefetchable=frozenset(u for u, unit in self._units.items() if unit.prefetchable),
+            nbytes=self._known[0],
+            held=frozenset([u for u, unit in self._units.items() if unit.state is not State.HOST]),
+            prefetchable=self._known[1],
             components=dict(self._components),
             held_nbytes=self.held_nbytes,
         )

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .bound import lower_bound_ms
+from .refine import handed_over, passes_of, refined
 from .schedule import MOST_UNITS, scripted
 from .simulator import SIMULATED_PASSES, ComponentLoad, Link, Workload, simulate
 from .window import Share, Window, share_of
@@ -26,7 +27,6 @@ from .window import Share, Window, share_of
 # some 20 ms, since it is planned while a user waits.
 THOROUGH_STEPS = 3_000
 STEPS = 900
-FINE_STEPS = 5_000  # of comparing windows on the units themselves
 SMALL_UNITS = 16  # workloads of so many units in all are searched thoroughly
 FEW_UNITS = 4  # components of so many units try every set that may stay
 CHUNKS = 6  # a larger component is searched as so many chunks
@@ -58,53 +58,8 @@ def balanced(workload: Workload, budget_nbytes: int, link: Link) -> dict[str, Sh
         rough = rough_shares.get(name)
         if not c.streamable or (rough is None and c.total_nbytes <= cap):
             continue
-        shares[name] = _fine(c, coarse.components[name], rough or Share(cap, frozenset()), _passes(workload, name))
-    return _settled(workload, shares, budget_nbytes, link)
-
-
-def _settled(workload: Workload, shares: dict[str, Share], budget_nbytes: int, link: Link) -> dict[str, Share]:
-    """`shares`, or what is better than them on the units themselves: chunks are too coarse to tell windows apart.
-
-    As many alternatives are simulated as their effort allows: none with thousands of units.
-    """
-    cost = 2 * sum(min(passes, SIMULATED_PASSES) * len(workload.components[name].units) for name, passes in workload.runs)
-    trials = FINE_STEPS // max(1, cost)
-    if trials < 2 or not shares:
-        return shares
-
-    def value(candidate: dict[str, Share]) -> tuple[float, int]:
-        p = simulate(workload, candidate, budget_nbytes, link, records=False)
-        return (p.call_ms if p.peak_nbytes <= budget_nbytes else math.inf, p.h2d_nbytes)
-
-    best, least = shares, value(shares)
-    # those with the most to copy first: passes times what they stream
-    names = sorted(shares, key=lambda n: -_passes(workload, n) * workload.components[n].total_nbytes)
-    for name in names:
-        c = workload.components[name]
-        loose = [c.nbytes[u] for u in c.units if u not in c.must]
-        must = c.total_nbytes - sum(loose)
-        cap = budget_nbytes - c.activation_nbytes
-        if not loose or must + max(loose) > cap:
-            continue
-        limits = (cap,) if _passes(workload, name) > 1 else (cap, must + 3 * max(loose), must + 6 * max(loose))
-        for limit, n in itertools.product(limits, (3, 2, 6)):
-            window = n * max(loose) if _passes(workload, name) > 1 else limit - must
-            for ahead in (False, True):
-                if trials <= 1 or must + window > limit or limit > cap:
-                    continue
-                share = share_of(c.units, c.nbytes, c.compute_ms, min(limit, c.total_nbytes), window, c.must)
-                candidate = best | {name: replace(share, ahead=ahead)}
-                if candidate == best:
-                    continue
-                trials -= 1
-                found = value(candidate)
-                if found < least:
-                    best, least = candidate, found
-    return best
-
-
-def _passes(workload: Workload, name: str) -> int:
-    return max((passes for other, passes in workload.runs if other == name), default=1)
+        shares[name] = _fine(c, coarse.components[name], rough or Share(cap, frozenset()), passes_of(workload, name))
+    return refined(workload, shares, budget_nbytes, link)
 
 
 def _chunked(c: ComponentLoad, cap_nbytes: int) -> ComponentLoad:
@@ -168,7 +123,7 @@ def _fine(c: ComponentLoad, coarse: ComponentLoad, rough: Share, passes: int) ->
     if coarse is c:
         return rough
     if rough.limit_nbytes >= c.total_nbytes:
-        return _handed_over(c, rough.ahead)
+        return handed_over(c, rough.ahead)
     window = rough.limit_nbytes - sum(coarse.nbytes[u] for u in rough.keep)
     if passes > 1:
         # One that is read and one that arrives behind it; with many small ones, a few more against uneven times.
@@ -179,12 +134,6 @@ def _fine(c: ComponentLoad, coarse: ComponentLoad, rough: Share, passes: int) ->
     if passes <= 1:
         return replace(rough, keep=c.must)  # read once, so nothing is gained by what stays
     return replace(share_of(c.units, c.nbytes, c.compute_ms, rough.limit_nbytes, window, c.must), ahead=rough.ahead)
-
-
-def _handed_over(c: ComponentLoad, ahead: bool = True) -> Share:
-    """All of a component stays while it runs, but its last pass makes room for the next one unit by unit."""
-    last = next((u for u in reversed(c.units) if u not in c.must), None)
-    return Share(c.total_nbytes, frozenset(u for u in c.units if u != last), ahead)
 
 
 @dataclass
@@ -266,7 +215,7 @@ class _Search:
         first = tuple(o[0] for o in options)
         second = tuple(o[min(1, len(o) - 1)] for o in options)
         third = tuple(
-            o[-1] if _passes(self.workload, name) == 1 else o[0] for name, o in zip(self.names, options, strict=True)
+            o[-1] if passes_of(self.workload, name) == 1 else o[0] for name, o in zip(self.names, options, strict=True)
         )
         return list(dict.fromkeys([first, second, third]))
 
@@ -278,7 +227,7 @@ class _Search:
             return [None]
         found: list[Share | None] = [None] if c.total_nbytes <= cap else []
         if c.total_nbytes <= cap:
-            found += [_handed_over(c, True), _handed_over(c, False)]
+            found += [handed_over(c, True), handed_over(c, False)]
         few = sum(u not in c.must for u in c.units) <= FEW_UNITS
         shares = _every_share(c, cap) if few else _some_shares(c, cap)
         for share in sorted(shares, key=lambda s: (-s.limit_nbytes, -len(s.keep), sorted(s.keep))):

@@ -209,3 +209,32 @@ def test_stock_copies_a_component_again_that_the_next_one_sent_back() -> None:
     b = ComponentLoad(("b",), {"b": 100 * MB}, {"b": 1.0})
     workload = Workload({"a": a, "b": b}, (("a", 1), ("b", 1), ("a", 1), ("b", 1)))
     assert stock_ms(workload, 1.0, 1.0) == pytest.approx(4.0 + 2 * (2 * 10 + 100)), "b waits for nobody to send it back"
+
+
+def uneven(n: int, nbytes: int, pass_ms: float, name: str, activation_nbytes: int) -> ComponentLoad:
+    """Every fourth unit is twice as large, and every seventh takes twice as long."""
+    sizes = {f"{name}/{i}": 1 + (i % 4 == 3) for i in range(n)}
+    times = {f"{name}/{i}": 1 + (i % 7 == 6) for i in range(n)}
+    size, time = nbytes // sum(sizes.values()), pass_ms / sum(times.values())
+    return ComponentLoad(
+        tuple(sizes), {u: k * size for u, k in sizes.items()}, {u: k * time for u, k in times.items()}, activation_nbytes
+    )
+
+
+@pytest.mark.parametrize("share", [0.15, 0.25, 0.4, 0.6, 0.8])
+@pytest.mark.parametrize("units", [(40, 100), (24, 60)])
+def test_of_two_components_that_both_stream_each_leaves_the_other_room(units: tuple[int, int], share: float) -> None:
+    """The proportions of Flux: a text encoder and a denoiser of which neither fits, and a link that is as busy as compute."""
+    encoder, denoiser = units
+    mb = 1_000_000
+    workload = Workload(
+        {
+            "text": uneven(encoder, 12 * mb, 325.0, "text", mb // 3),
+            "denoiser": uneven(denoiser, 40 * mb, 710.0, "denoiser", 2 * mb),
+            "vae": uneven(3, mb // 5, 68.0, "vae", mb * 3 // 4),
+        },
+        (("text", 1), ("denoiser", 4), ("vae", 1)),
+    )
+    plan = plan_call(workload, int(share * 52.2 * mb), Link(0.0326))
+    assert plan.prediction.peak_nbytes <= plan.budget_nbytes
+    assert plan.bound_ms <= plan.prediction.call_ms * (1 + 1e-9) <= 1.1 * plan.bound_ms
