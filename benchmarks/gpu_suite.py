@@ -23,6 +23,16 @@ from typing import Annotated
 import typer
 
 OFFLOAD = ("-m", "benchmarks.offload")
+PEERS = (
+    "group block stream",
+    "group leaf stream",
+    "group leaf stream record",
+    "cache-dit",
+    "flextensor",
+    "diffusers-mm",
+    "group block",
+    "sequential",
+)
 
 
 @dataclass(frozen=True)
@@ -35,117 +45,75 @@ class Part:
     environment: tuple[tuple[str, str], ...] = ()
 
 
-def modes(*names: str) -> tuple[str, ...]:
-    return tuple(word for name in names for word in ("--mode", name))
+@dataclass(frozen=True)
+class Scale:
+    """The same parts at full size, and small for the simulated accelerator.
+
+    Attributes:
+        models: suffix of a built-in model's name.
+        flux_budgets: from small to large; the default budget and stock's are run besides.
+        rounds, calls: at most so many.
+        kernels: there is something to compile them for.
+    """
+
+    models: str
+    flux_budgets: tuple[str, ...]
+    rounds: int
+    calls: int
+    kernels: bool
+
+
+GPU = Scale("", ("8GiB", "12GiB", "16GiB", "24GiB"), 2, 3, True)
+SMALL = Scale("-small", ("12MiB", "18MiB", "24MiB", "36MiB"), 1, 1, False)
+
+ALL_STEPS = {"sdxl": (30, 4), "flux": (28,)}
+FEW_STEPS = {"sdxl": (4,), "flux": (4,)}  # on the simulated accelerator, in place of those
 
 
 def parts(device: str) -> list[Part]:
-    """In order of what they tell. On the simulated accelerator models are small."""
-    if device == "simgpu":
-        small = (*OFFLOAD, "--out", "OUT", "--device", device, "--rounds", "2", "--calls", "1")
-        budgets = modes("resident", "stock", "ours:stock", "ours", "ours:16MiB", "ours:32MiB")
-        return [
-            Part("sdxl", 240, (*small, "--model", "sdxl-small", "--steps", "1", "--steps", "4", *budgets)),
-            Part("flux", 240, (*small, "--model", "flux-small", "--steps", "4", *budgets)),
-            Part("plots", 60, ("-m", "benchmarks", "plot", "sdxl/offload.csv")),
-        ]
-    gpu = (*OFFLOAD, "--out", "OUT", "--device", device)
-    sdxl = (*gpu, "--model", "sdxl", "--steps", "30", "--steps", "4")
-    flux = (*gpu, "--model", "flux", "--steps", "28", "--rounds", "1", "--calls", "2", "--seconds", "500")
+    """In order of what they tell."""
+    small = device == "simgpu"
+    scale = SMALL if small else GPU
+    usual = FEW_STEPS if small else ALL_STEPS
+
+    def offload(
+        name: str,
+        seconds: int,
+        model: str,
+        modes: tuple[str, ...],
+        steps: tuple[int, ...] = (),
+        rounds: int = 1,
+        calls: int = 3,
+        compiled: str = "none",
+    ) -> Part:
+        command = [*OFFLOAD, "--out", "OUT", "--device", device, "--model", model + scale.models, "--compile", compiled]
+        command += [word for n in steps or usual[model] for word in ("--steps", str(n))]
+        command += ["--rounds", str(min(rounds, scale.rounds)), "--calls", str(min(calls, scale.calls))]
+        command += ["--seconds", str(seconds - 70)]  # what is begun by then has time to end
+        return Part(name, seconds, (*command, *(word for mode in modes for word in ("--mode", mode))))
+
     tests = ("-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider")
-    return [
+    budgets = tuple(f"ours:{b}" for b in scale.flux_budgets)
+    least, most_telling = budgets[0], budgets[2]
+    ours = ("ours:stock", "ours")
+    found = [
         Part("tests", 150, (*tests, "tests/test_cuda.py")),
-        Part("sdxl", 280, (*sdxl, "--rounds", "2", "--calls", "2", *modes("resident", "stock", "ours:stock", "ours"))),
+        offload("sdxl", 280, "sdxl", ("resident", "stock", *ours), rounds=2, calls=2),
         Part("kernel-tests", 90, (*tests, "tests/test_kernels_cast.py", "tests/test_kernels_unpack.py")),
-        Part(
-            "flux",
-            570,
-            (*flux, *modes("resident", "ours", "ours:16GiB", "ours:8GiB", "ours:24GiB", "ours:12GiB", "stock")),
+        offload(
+            "flux", 570, "flux", ("resident", "ours", most_telling, least, budgets[3], budgets[1], "stock"), calls=2
         ),
         Part("kernels", 200, ("-m", "benchmarks.kernels", "--out", "OUT", "--seconds", "150")),
         Part("sanitizer", 120, (*tests, "tests/test_cuda.py", "-k", "sanitizer"), (("TORCH_CUDA_SANITIZER", "1"),)),
-        Part(
-            "sdxl-steps",
-            280,
-            (
-                *gpu,
-                "--model",
-                "sdxl",
-                "--steps",
-                "1",
-                "--steps",
-                "8",
-                "--steps",
-                "50",
-                "--rounds",
-                "1",
-                *modes("resident", "stock", "ours:stock"),
-            ),
-        ),
-        Part(
-            "sdxl-compiled",
-            400,
-            (
-                *sdxl,
-                "--compile",
-                "regional",
-                "--rounds",
-                "1",
-                "--calls",
-                "3",
-                *modes("resident", "stock", "ours:stock", "ours"),
-            ),
-        ),
-        Part(
-            "sdxl-whole",
-            400,
-            (*sdxl, "--compile", "whole", "--rounds", "1", "--calls", "3", *modes("resident", "ours:stock")),
-        ),
-        Part(
-            "sdxl-peers",
-            500,
-            (
-                *gpu,
-                "--model",
-                "sdxl",
-                "--steps",
-                "30",
-                "--rounds",
-                "1",
-                "--calls",
-                "1",
-                *modes(
-                    "resident",
-                    "group block stream",
-                    "group leaf stream",
-                    "group leaf stream record",
-                    "cache-dit",
-                    "flextensor",
-                    "diffusers-mm",
-                    "group block",
-                    "sequential",
-                ),
-            ),
-        ),
-        Part(
-            "flux-4",
-            500,
-            (
-                *gpu,
-                "--model",
-                "flux",
-                "--steps",
-                "4",
-                "--rounds",
-                "1",
-                "--calls",
-                "2",
-                "--seconds",
-                "430",
-                *modes("resident", "ours", "ours:16GiB", "stock", "ours:8GiB"),
-            ),
-        ),
+        offload("sdxl-steps", 280, "sdxl", ("resident", "stock", "ours:stock"), (1, 8) if small else (1, 8, 50)),
+        offload("sdxl-compiled", 400, "sdxl", ("resident", "stock", *ours), compiled="regional"),
+        offload("sdxl-whole", 400, "sdxl", ("resident", "ours:stock"), compiled="whole"),
+        offload("sdxl-peers", 500, "sdxl", ("resident", *PEERS), () if small else (30,), calls=1),
+        offload("sdxl-transport", 300, "sdxl", tuple(f"ours:stock:{t}" for t in ("raw", "packed", "fp8"))),
+        offload("flux-4", 500, "flux", ("resident", "ours", most_telling, "stock", least), (4,), calls=2),
+        *(Part(f"plot-{m}", 60, ("-m", "benchmarks", "plot", f"{m}/offload.csv")) for m in ("sdxl", "flux")),
     ]
+    return [p for p in found if scale.kernels or p.name != "kernels"]
 
 
 def run(part: Part, out: Path, limit_s: float) -> dict[str, object]:

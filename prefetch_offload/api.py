@@ -17,7 +17,7 @@ from .addresses import NO_ARENA
 from .adoption import check_tensors, smallest_nbytes
 from .captured import refuse
 from .codecs import check_transport
-from .config import GIB, Settings
+from .config import Settings, told
 from .errors import BudgetError, SettingError, UnsupportedError
 from .handle import Offload
 from .holdings import Client, rehooking
@@ -167,8 +167,8 @@ def check_budget(pipe: DiffusionPipeline, settings: Settings) -> None:
     largest = max(sizes, key=sizes.__getitem__, default=None)
     if largest is not None and sizes[largest] > budget:
         raise BudgetError(
-            f"budget={budget} bytes ({budget / GIB:.2f} GiB) is too small for {largest}: streamed block by block, its weights "
-            f"take {sizes[largest]} bytes ({sizes[largest] / GIB:.2f} GiB) at once. Give at least that much, and room for "
+            f"budget={budget} bytes ({told(budget)}) is too small for {largest}: streamed block by block, its weights "
+            f"take {sizes[largest]} bytes ({told(sizes[largest])}) at once. Give at least that much, and room for "
             "activations; a smaller `unit_max` makes blocks smaller."
         )
 
@@ -186,7 +186,7 @@ def check_addresses(pipe: DiffusionPipeline, settings: Settings, device: torch.d
     nbytes = sum(component_nbytes(m) for m in modules)
     if settings.budget == "stock" or nbytes > settings.budget:
         raise BudgetError(
-            f"stable_addresses=True on {where}: all weights, {nbytes} bytes ({nbytes / GIB:.2f} GiB), take device memory for "
+            f"stable_addresses=True on {where}: all weights, {nbytes} bytes ({told(nbytes)}), take device memory for "
             f"good, which is more than budget={settings.budget!r} allows. {NO_ARENA}"
         )
 

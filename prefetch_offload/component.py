@@ -382,9 +382,9 @@ class Component:
                 assert twin is not None, f"{self.key}: {master.name} has no twin"
                 if twin.requires_grad is not tensor.requires_grad:
                     twin.requires_grad_(tensor.requires_grad)
-                unit.places += [(entries, key, tensor, twin) for entries, key in master.slots]
+                unit.places += [(entries, key, tensor, twin, master.twin_version) for entries, key in master.slots]
         unit.shown = True
-        for entries, key, tensor, twin in unit.places:
+        for entries, key, tensor, twin, _ in unit.places:
             if entries.get(key) is tensor:
                 entries[key] = twin
         if unit.fresh:
@@ -398,8 +398,12 @@ class Component:
         # Looking for writes without a mark makes the host wait: only where no pipeline call is in progress.
         look = self.by_hand and not self.client.calling and isinstance(unit, SlabUnit) and unit.shown
         rewritten = unit.rewritten() if look and isinstance(unit, SlabUnit) else []
+        written: list[Master] = []
         # Once for every use of a streamed unit: twins are no inference tensors, so they have a version.
-        written = [m for m in unit.masters if m.twin is not None and m.twin._version != m.twin_version]
+        for *_, twin, version in unit.places or ():
+            if twin._version != version:
+                written = [m for m in unit.masters if m.twin is not None and m.twin._version != m.twin_version]
+                break
         for master in {id(m): m for m in (*written, *rewritten)}.values():
             assert master.twin is not None
             with torch.inference_mode(False), torch.no_grad():
@@ -411,10 +415,10 @@ class Component:
         if written or rewritten:
             unit.sample()
             # a master may have become another object
-            places = [(e, k, m.tensor, m.twin) for m in unit.masters if m.twin is not None for e, k in m.slots]
+            places = [(e, k, m.tensor, m.twin, 0) for m in unit.masters if m.twin is not None for e, k in m.slots]
             unit.places = None
         unit.shown = False
-        for entries, key, tensor, twin in places:
+        for entries, key, tensor, twin, _ in places:
             if entries.get(key) is twin:
                 entries[key] = tensor
         if self._flat:

@@ -23,6 +23,11 @@ _SIZE = re.compile(r"\s*([0-9]{1,30}(?:\.[0-9]{1,30})?)\s*([a-z]*)\s*", re.IGNOR
 Budget = int | Literal["stock"] | None
 
 
+def told(nbytes: float) -> str:
+    """A size in words: in GiB, or in MiB where that would be next to nothing."""
+    return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB / 10 or not nbytes else f"{nbytes / MIB:.2f} MiB"
+
+
 def parse_nbytes(value: int | str, what: str) -> int:
     """Bytes from an integer or a text such as ``"12GiB"``, ``"500 MB"`` or ``"4096"``.
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from .config import MIB
+from .config import MIB, told
 from .errors import OffloadWarning
 from .memory import pinnable_nbytes
 
@@ -145,7 +145,8 @@ class Pins:
         if not self._enabled or self._refused or slab.pinned:
             return slab.pinned
         if self.nbytes + slab.nbytes > self.limit:
-            return self._refuse(slab, f"the limit of {self.limit / 2**30:.1f} GiB for pinned memory is reached")
+            way = "give more with `pinned_limit` or to the container"
+            return self._refuse(slab, f"the limit of {told(self.limit)} for pinned memory is reached", way)
         if self._cudart is None:
             return self._pin_by_copy(slab)
         address = slab.bytes.data_ptr()
@@ -186,13 +187,13 @@ class Pins:
         slab._unpin.atexit = False
         return True
 
-    def _refuse(self, slab: Slab, why: str) -> bool:
+    def _refuse(self, slab: Slab, why: str, way_out: str = "raise `ulimit -l` or the container's memory limit") -> bool:
         self._refused = True
         warnings.warn(
-            f"prefetch_offload could not pin {slab.nbytes / 2**20:.0f} MiB of host memory: {why} "
-            f"({self.nbytes / 2**30:.2f} GiB are pinned). The remaining weights stay in ordinary memory and travel through a "
+            f"prefetch_offload could not pin {told(slab.nbytes)} of host memory: {why} "
+            f"({told(self.nbytes)} are pinned). The remaining weights stay in ordinary memory and travel through a "
             "small pinned ring when they are needed, without prefetch: correct, but each of them is waited for. "
-            "To avoid it, raise `ulimit -l` or the container's memory limit, or use smaller or quantised weights.",
+            f"To avoid it, {way_out}, or use smaller or quantised weights.",
             OffloadWarning,
             stacklevel=2,
         )

@@ -158,7 +158,8 @@ class Unit:
         copied: after the last copy out of host memory; until it has happened that memory may not be given back.
         fresh: its twins are new objects, which the modules do not show yet.
         shown: its component's modules show its twins.
-        places: (dictionary, key, master's tensor, twin) of every place that shows one of them; None: to be looked up.
+        places: (dictionary, key, master's tensor, twin, its `twin_version`) of every place that shows one of them; None: to
+            be looked up.
     """
 
     prefetchable = False
@@ -169,7 +170,7 @@ class Unit:
         self.copied: torch.Event | None = None
         self.fresh = False
         self.shown = False
-        self.places: list[tuple[dict[str, Any], str, torch.Tensor, torch.Tensor]] | None = None
+        self.places: list[tuple[dict[str, Any], str, torch.Tensor, torch.Tensor, int]] | None = None
 
     @property
     def present(self) -> bool:
@@ -214,6 +215,7 @@ class SlabUnit(Unit):
         self.bytes: torch.Tensor | None = None  # [slab.nbytes] uint8 on the device; its storage is empty unless resident
         self.addresses: Addresses | None = None  # which give it its address for life, if it has one
         self._offsets: list[int] = []
+        self._base = 0  # the address that the twins were last given
         self._sample_index: torch.Tensor | None = None
         self._sample: torch.Tensor | None = None
 
@@ -250,6 +252,9 @@ class SlabUnit(Unit):
         else:
             self.bytes.untyped_storage().resize_(self.slab.nbytes)
         base = self.bytes.data_ptr()
+        if base == self._base and self.places is not None:
+            return  # as it was when it was last shown in this run: the most frequent case by far
+        self._base = base
         for master, offset in zip(self.masters, self._offsets, strict=True):
             if master.twin is None:
                 self._make_twin(master, offset)

@@ -12,7 +12,7 @@ import torch
 
 from .addresses import NO_ARENA
 from .component import Component
-from .config import GIB, MIB, Settings
+from .config import MIB, Settings, told
 from .device import OUT_OF_MEMORY
 from .errors import BudgetError, OffloadWarning
 from .holdings import Client, Holdings
@@ -44,8 +44,8 @@ class Moves(Holdings):
             if idle:
                 how += f"; {idle} bytes are kept by units with stable addresses. {NO_ARENA}"
             raise BudgetError(
-                f"budget={budget} bytes ({budget / GIB:.2f} GiB) is too small: with these inputs {component.name} needs "
-                f"{smallest} bytes ({smallest / GIB:.2f} GiB), {least} of them for weights, {how}. Give that much, or use "
+                f"budget={budget} bytes ({told(budget)}) is too small: with these inputs {component.name} needs "
+                f"{smallest} bytes ({told(smallest)}), {least} of them for weights, {how}. Give that much, or use "
                 "smaller inputs, tiling or slicing."
             )
         cap = max(least, client.memory.cap(shape, component.nbytes, client.available, least) - idle)
@@ -74,7 +74,7 @@ class Moves(Holdings):
             if budget == "stock":
                 raise torch.OutOfMemoryError("budget='stock' allows no more than the largest component")
             if isinstance(budget, int) and wanted > budget:
-                raise torch.OutOfMemoryError(f"budget={budget} bytes ({budget / GIB:.2f} GiB) is less")
+                raise torch.OutOfMemoryError(f"budget={budget} bytes ({told(budget)}) is less")
             self._drop([u for u in self.residency.held() if u not in self._protected(component)])
             for unit in units:
                 addresses.place(unit)
@@ -94,7 +94,7 @@ class Moves(Holdings):
                 return
             raise BudgetError(
                 f"{component.name} is to keep its addresses, and all units that do take {wanted} bytes "
-                f"({wanted / GIB:.2f} GiB) of device memory for good: {error}. {NO_ARENA}"
+                f"({told(wanted)}) of device memory for good: {error}. {NO_ARENA}"
             ) from error
 
     def _give_back(self) -> None:

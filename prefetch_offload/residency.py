@@ -111,6 +111,9 @@ TRANSITIONS: dict[tuple[State, str], State] = {
 class _Unit:
     nbytes: int
     prefetchable: bool
+    load: Load
+    wait: Await
+    drop: Drop  # once it has arrived
     state: State = State.HOST
     story: deque[tuple[str, str, State]] = field(default_factory=lambda: deque(maxlen=32))
 
@@ -135,7 +138,7 @@ class Residency:
             raise ValueError(f"unit {unit} is known already")
         if nbytes < 0:
             raise ValueError(f"unit {unit} has {nbytes} bytes")
-        self._units[unit] = _Unit(nbytes, prefetchable)
+        self._units[unit] = _Unit(nbytes, prefetchable, Load(unit), Await(unit), Drop(unit, arrived=True))
         self._known = None
 
     def remove_unit(self, unit: str) -> None:
@@ -261,11 +264,11 @@ class Residency:
             after[unit] = new
             moves.append((entry, what, new))
             if what == "load":
-                instructions.append(Load(unit))
+                instructions.append(entry.load)
             elif what == "await":
-                instructions.append(Await(unit))
+                instructions.append(entry.wait)
             elif what == "drop":
-                instructions.append(Drop(unit, arrived=before is State.READY))
+                instructions.append(entry.drop if before is State.READY else Drop(unit, arrived=False))
         for entry, what, new in moves:
             self.held_nbytes += entry.nbytes * ((new is not State.HOST) - (entry.state is not State.HOST))
             entry.state = new

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from .bound import lower_bound_ms
-from .config import GIB
+from .config import told
 from .errors import BudgetError
 from .schedule import CALLS
 from .search import balanced
@@ -63,8 +63,8 @@ def plan_call(workload: Workload, budget_nbytes: int, link: Link, strategy: Stra
     smallest = workload.smallest_budget_nbytes
     if budget_nbytes < smallest:
         raise BudgetError(
-            f"a budget of {budget_nbytes} bytes ({budget_nbytes / GIB:.2f} GiB) is too small: this call needs at least "
-            f"{smallest} bytes ({smallest / GIB:.2f} GiB)."
+            f"a budget of {budget_nbytes} bytes ({told(budget_nbytes)}) is too small: this call needs at least "
+            f"{smallest} bytes ({told(smallest)})."
         )
     shares = (strategy or balanced)(workload, budget_nbytes, link)
     return CallPlan(workload, budget_nbytes, link, shares, workload.compute_ms)

@@ -235,8 +235,11 @@ def test_doctor_measures_the_link_and_labels_it(ext: Any) -> None:
     assert "link is simulated" in result.output
     facts = doctor_command.gather(simulate=True)
     assert facts.link is not None
-    assert facts.link.h2d_pinned_gbps == pytest.approx(2.0, rel=0.5)
-    assert facts.link.h2d_pageable_gbps == pytest.approx(0.5, rel=0.5)
+    # Never faster than the link; how much slower is the machine's business.
+    assert facts.link.h2d_pinned_gbps is not None
+    assert 0.2 <= facts.link.h2d_pinned_gbps <= 2.0
+    assert 0.05 <= facts.link.h2d_pageable_gbps <= 0.5
+    assert facts.link.h2d_pinned_gbps > 1.2 * facts.link.h2d_pageable_gbps
 
 
 def test_doctor_when_pinning_is_refused(ext: Any) -> None:

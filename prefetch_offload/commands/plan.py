@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..config import GIB, MIB, parse_nbytes
+from ..config import GIB, parse_nbytes, told
 from ..errors import SettingError
 from ..shapes import Kind, workload_of
 from ..simulator import Link, Workload
@@ -122,7 +122,7 @@ def check(request: Request) -> tuple[list[int], list[float]]:
         if request.out.exists() and not request.out.is_dir():
             raise SettingError(f"--out {request.out}: that is a file; give a folder for the pictures.")
     texts = [text.strip() for given in request.budgets for text in given.split(",")]
-    budgets = sorted({parse_nbytes(text, "--budget ") for text in texts})
+    budgets = sorted({parse_nbytes(text, "--budget") for text in texts})
     return budgets, sorted(set(links)) or [DEFAULT_LINK_GBPS]
 
 
@@ -202,7 +202,7 @@ def _call(known: models.Known, request: Request) -> tuple[Workload, list[str]]:
     for kind in ("denoiser", "decoder"):
         most = max((workload.components[p.name].activation_nbytes for p in known.parts if p.kind == kind), default=0)
         text = source if kind == "denoiser" else "built-in" if figures else "not known: counted as nothing"
-        assumed.append(f"activations of the {kind}: {size(most)} ({text})")
+        assumed.append(f"activations of the {kind}: {told(most)} ({text})")
     assumed.append(
         f"stock offload: pageable copies at {PAGEABLE_IN_GBPS:g} GB/s in and {PAGEABLE_OUT_GBPS:g} out "
         "(assumed; hosts differ much)"
@@ -238,11 +238,6 @@ def _rounded(nbytes: float) -> int:
     whole = math.ceil(nbytes)
     step = 1 << max(0, whole.bit_length() - 5)
     return -(-whole // step) * step
-
-
-def size(nbytes: int) -> str:
-    """In GiB, or in MiB where that would be nothing."""
-    return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB / 10 or not nbytes else f"{nbytes / MIB:.2f} MiB"
 
 
 def table(look: Outlook) -> Table:
@@ -328,7 +323,7 @@ def plan(request: Request, json_only: bool, console: Console) -> None:
     for line in made.assumptions:
         console.print(f"  {line}", soft_wrap=True, style="dim", markup=False, highlight=False)
     chosen = shown_plan(made)
-    console.print(f"\nOne call in {size(chosen.budget_nbytes)} over {chosen.link.gbps:g} GB/s, predicted:")
+    console.print(f"\nOne call in {told(chosen.budget_nbytes)} over {chosen.link.gbps:g} GB/s, predicted:")
     console.print(Text(curve.text(chosen, min(console.width, 118))), soft_wrap=True)
     if request.out is not None:
         console.print(f"Wrote curve.png and call.png to {request.out}.", soft_wrap=True)
