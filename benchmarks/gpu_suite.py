@@ -53,18 +53,18 @@ class Scale:
         models: suffix of a built-in model's name.
         flux_budgets: from small to large; the default budget and stock's are run besides.
         rounds, calls: at most so many.
-        kernels: there is something to compile them for.
+        cuda: there are kernels to time, and streams for PyTorch's sanitizer to watch.
     """
 
     models: str
     flux_budgets: tuple[str, ...]
     rounds: int
     calls: int
-    kernels: bool
+    cuda: bool
 
 
 GPU = Scale("", ("8GiB", "12GiB", "16GiB", "24GiB"), 2, 3, True)
-SMALL = Scale("-small", ("12MiB", "18MiB", "24MiB", "36MiB"), 1, 1, False)
+SMALL = Scale("-small", ("16MiB", "24MiB", "32MiB", "48MiB"), 1, 1, False)
 
 ALL_STEPS = {"sdxl": (30, 4), "flux": (28,)}
 FEW_STEPS = {"sdxl": (4,), "flux": (4,)}  # on the simulated accelerator, in place of those
@@ -113,7 +113,7 @@ def parts(device: str) -> list[Part]:
         offload("flux-4", 500, "flux", ("resident", "ours", most_telling, "stock", least), (4,), calls=2),
         *(Part(f"plot-{m}", 60, ("-m", "benchmarks", "plot", f"{m}/offload.csv")) for m in ("sdxl", "flux")),
     ]
-    return [p for p in found if scale.kernels or p.name != "kernels"]
+    return [p for p in found if scale.cuda or p.name not in ("kernels", "sanitizer")]
 
 
 def run(part: Part, out: Path, limit_s: float) -> dict[str, object]:

@@ -164,6 +164,7 @@ def visit(scenario: Scenario, mode: str, rows: dict[int, Row], out: Path) -> Non
     offload = modes.place(mode, pipe, device, **(settings if mode.startswith("ours") else {}))
     enable_s = time.perf_counter() - start
     if scenario.compile != "none":
+        torch._dynamo.reset()  # what the mode before has compiled would do for this one
         _, denoiser = modes.largest(pipe)
         # Inductor has no code for the simulated accelerator.
         options: dict[str, Any] = {"fullgraph": True, **({"backend": "aot_eager"} if scenario.simulated else {})}
