@@ -157,11 +157,7 @@ class Holdings:
                     component.stream = None
                 component.unbind()
         self.transport.reset([u for u in self.units.values() if u.key not in kept])
-        self.residency = Residency()
-        for unit in self.units.values():
-            self.residency.add_unit(unit.key, unit.nbytes, unit.prefetchable)
-        for component in self.live():
-            self._register(component)
+        self._recount()
         self.residency.handle(Prefetched(EntryPlan((), tuple(kept))))  # carried out before, and so was this:
         self.residency.handle(Needed(tuple(u for u in kept if self.transport.flights[u].readers)))
         for component in running:
@@ -169,6 +165,22 @@ class Holdings:
                 component.stream.resync()
         names = {c.key for c in running}
         self.current = {t: key for t, key in self.current.items() if key in names}
+
+    def _recount(self) -> None:
+        """Know the units that live components have, and no others. Nobody holds any besides those in the transport."""
+        for key in [key for key, ref in self.components.items() if ref() is None]:
+            del self.components[key]
+        live = self.live()
+        theirs = {u.key for c in live for u in (*c.units, *c.suspended_units)}
+        self.residency = Residency()
+        for unit in [u for u in self.units.values() if u.key not in theirs]:
+            self._forget_unit(unit)
+        for unit in self.units.values():
+            self.residency.add_unit(unit.key, unit.nbytes, unit.prefetchable)
+        for component in live:
+            if component.outdated:
+                component._chart()  # its units may have become others since
+            self._enrol(component)
 
     # -------------------------------------------------------------- components
     def component(self, module: nn.Module, settings: Settings, name: str) -> Component:
@@ -252,10 +264,24 @@ class Holdings:
         return [unit for name, unit in self.units.items() if name.startswith(key + ".")]
 
     def _forget_unit(self, unit: Unit) -> None:
-        self.residency.remove_unit(unit.key)
-        del self.units[unit.key]
+        """Known in `units` until nothing else of it is left: what was interrupted can be done again."""
+        if self.residency.knows_unit(unit.key):
+            self.residency.remove_unit(unit.key)
         self.recorder.owner.pop(unit.key, None)
         self.transport.retire(unit)
+        del self.units[unit.key]
+
+    def _enrol(self, component: Component) -> None:
+        """Make a component's new units known, in `units` last."""
+        for unit in component.units:
+            if unit.key not in self.units:
+                if component.stable and isinstance(unit, SlabUnit):
+                    unit.settle_at(self.addresses)
+                self.residency.add_unit(unit.key, unit.nbytes, unit.prefetchable)
+                self.recorder.owner[unit.key] = (component.key, component.name)
+                self.transport.admit(unit)
+                self.units[unit.key] = unit
+        self._register(component)
 
     def _bury(self) -> None:
         while self._graveyard:
@@ -277,15 +303,7 @@ class Holdings:
             for unit in gone:
                 if unit not in component.suspended_units:
                     self._forget_unit(unit)
-            for unit in component.units:
-                if unit.key not in self.units:
-                    if component.stable and isinstance(unit, SlabUnit):
-                        unit.settle_at(self.addresses)
-                    self.units[unit.key] = unit
-                    self.residency.add_unit(unit.key, unit.nbytes, unit.prefetchable)
-                    self.recorder.owner[unit.key] = (component.key, component.name)
-                    self.transport.admit(unit)
-            self._register(component)
+            self._enrol(component)
         stale = component.written()
         if sampled and component.settings.fingerprints:
             stale += [u for u in component.units if u.key in self.transport.flights and u not in stale and u.stale()]
