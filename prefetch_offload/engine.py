@@ -87,7 +87,7 @@ class Engine(Moves):
                 f"{component.name} is entered while a CUDA graph is being captured, and its weights would have to be moved in "
                 "the capture. Run it once right before capturing, on the same stream."
             )
-        with self._changing():
+        with self._held(), self._change:
             thread = threading.get_ident()
             client = self._client(component)
             self._end_segment(thread)
@@ -142,7 +142,7 @@ class Engine(Moves):
                 f"{component.name} is called while a CUDA graph is being captured, and its weights are moved while it runs. "
                 "Give it a budget in which it stays, or do not capture."
             )
-        with self._changing():
+        with self._held(), self._change:
             if component.compiled_since():  # points have gone into compiled code
                 stream.close()
                 component.stream = None
@@ -198,7 +198,7 @@ class Engine(Moves):
 
     def rebudget(self, client: Client, budget: Budget) -> None:
         """The client has another budget from its next call on; what the new one has no room for goes now."""
-        with self._changing():
+        with self._held(), self._change:
             client.memory.budget = budget
             client.memory.alone.clear()
             client.memory.tight.clear()
@@ -250,7 +250,7 @@ class Engine(Moves):
 
     def out_of_memory(self, component: Component) -> None:
         """`component` ran out of memory while it ran: drop all that is not running; next, it is streamed."""
-        with self._changing():
+        with self._held(), self._change:
             client = self._client(component)
             shape = client.shapes.get(component.key)
             self.recorder.count("ladder")
@@ -270,7 +270,7 @@ class Engine(Moves):
     # ------------------------------------------------------------------- calls
     def start_call(self, client: Client, steps: int | None = None) -> None:
         """A pipeline call begins in this thread, of so many denoising steps if that is known."""
-        with self._changing():
+        with self._held(), self._change:
             client.calling += 1
             self._calls.setdefault(threading.get_ident(), []).append(client)
             if client.calling == 1:
@@ -291,7 +291,7 @@ class Engine(Moves):
 
     def leave_call(self, client: Client, failed: bool) -> None:
         """The pipeline call returned or raised."""
-        with self._changing():
+        with self._held(), self._change:
             stack = self._calls.get(threading.get_ident(), [])
             if client not in stack:
                 return  # interrupted before it began
@@ -304,7 +304,7 @@ class Engine(Moves):
 
     def freed(self, client: Client) -> None:
         """diffusers asks for all components to be on the host. Within a call of ours, its end does the rest."""
-        with self._changing():
+        with self._held(), self._change:
             self._return(client)
             if not client.calling:
                 self.end_call(client)
@@ -327,7 +327,7 @@ class Engine(Moves):
 
     def end_call(self, client: Client, failed: bool = False) -> None:
         """Show the masters, take over what changed on the device, and use the idle link for the next call."""
-        with self._changing():
+        with self._held(), self._change:
             self._return(client, learn=not failed)
             if not client.entered:
                 return
@@ -363,14 +363,14 @@ class Engine(Moves):
 
     def show_masters(self, components: list[Component]) -> None:
         """These components show their host weights; device copies stay."""
-        with self._changing():
+        with self._held(), self._change:
             for component in components:
                 if component.bound and not component.running:
                     self._unbind(component)
 
     def refresh(self, client: Client) -> None:
         """Look at every tensor of the client's components again."""
-        with self._changing():
+        with self._held(), self._change:
             for component in client.components.values():
                 if not component.bound:
                     for unit in component.units:
@@ -384,7 +384,7 @@ class Engine(Moves):
 
     def evict(self, components: list[Component]) -> None:
         """Show the masters of these components and give their device memory back."""
-        with self._changing():
+        with self._held(), self._change:
             for component in components:
                 if component.running:
                     continue

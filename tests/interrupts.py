@@ -1,4 +1,5 @@
-"""KeyboardInterrupt between any two lines of chosen functions of the package and of all that they call in it."""
+"""KeyboardInterrupt between any two lines of chosen functions of the package and of all that they call in it, and between
+their calls and their first lines."""
 
 from __future__ import annotations
 
@@ -18,20 +19,23 @@ class Interrupts:
 
     Args:
         names: of functions, any of which is entered.
+
+    Attributes:
+        seen: every place of the last run, in order.
     """
 
     def __init__(self, *names: str) -> None:
         self._names = names
         self._inside = 0
         self._at = -1
-        self._lines: list[Line] = []
+        self.seen: list[Line] = []
 
     def lines(self, run: Callable[[], Any]) -> list[int]:
         """The places, by number, at which to interrupt `run`: where each line runs first, and where it runs last."""
         self._run(run, -1)
         first: dict[Line, int] = {}
         last: dict[Line, int] = {}
-        for number, line in enumerate(self._lines):
+        for number, line in enumerate(self.seen):
             first.setdefault(line, number)
             last[line] = number
         return sorted({*first.values(), *last.values()})
@@ -47,10 +51,10 @@ class Interrupts:
     @property
     def last(self) -> Line:
         """The line that ran last, or did not."""
-        return self._lines[-1]
+        return self.seen[-1]
 
     def _run(self, run: Callable[[], Any], at: int) -> None:
-        self._at, self._inside, self._lines = at, 0, []
+        self._at, self._inside, self.seen = at, 0, []
         sys.settrace(self._enter)
         try:
             run()
@@ -65,15 +69,19 @@ class Interrupts:
             self._inside += 1
         elif not self._inside:
             return None
+        self._pass(frame)
         return self._step
+
+    def _pass(self, frame: Any) -> None:
+        self.seen.append((frame.f_code.co_filename, frame.f_lineno))
+        if len(self.seen) == self._at + 1:
+            sys.settrace(None)
+            raise KeyboardInterrupt
 
     def _step(self, frame: Any, event: str, arg: Any) -> Any:
         code = frame.f_code
         if event == "line":
-            self._lines.append((code.co_filename, frame.f_lineno))
-            if len(self._lines) == self._at + 1:
-                sys.settrace(None)
-                raise KeyboardInterrupt
+            self._pass(frame)
         elif event == "return" and code.co_name in self._names:
             self._inside -= 1
         return self._step
