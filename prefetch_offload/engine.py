@@ -266,6 +266,8 @@ class Engine(Moves):
                 self._make_ready(component, client, self._cap(component, client))
                 if component.stream is not None:
                     component.stream.begin_pass(client.order.passes_left() == 0)
+            elif component.stream is not None:
+                component.stream.begin_again()
 
     # ------------------------------------------------------------------- calls
     def start_call(self, client: Client, steps: int | None = None) -> None:

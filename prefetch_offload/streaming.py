@@ -91,17 +91,23 @@ class Stream:
         """The component is called again; `last`: no further call of it is expected."""
         self.passes += 1
         self._last = last
+        self._measuring = self.passes == 1
+        if self.window is not None:
+            self.window.begin()
+        self.begin_again()
+        if last and self.window is not None:
+            self.guard(self.units)  # every unit that has been read may make room for the next component's
+
+    def begin_again(self) -> None:
+        """Nothing of the pass has been: it begins, or is called once more after an error in it."""
         self._turned = -1
         self._followed = ""
-        self._measuring = self.passes == 1
         self._visited.clear()
         self._marks.clear()
         self._read.clear()
         self.active.clear()
         if self.window is not None:
-            self.window.begin()
-        if last and self.window is not None:
-            self.guard(self.units)  # every unit that has been read may make room for the next component's
+            self.window.rewind()
 
     def end_pass(self) -> None:
         """The call returned. The first one taught in which order units are used."""

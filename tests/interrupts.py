@@ -3,6 +3,7 @@ their calls and their first lines."""
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -69,7 +70,8 @@ class Interrupts:
             self._inside += 1
         elif not self._inside:
             return None
-        self._pass(frame)
+        if not code.co_flags & inspect.CO_GENERATOR:  # one that is thrown away is called, too, and nobody hears of it
+            self._pass(frame)
         return self._step
 
     def _pass(self, frame: Any) -> None:
