@@ -17,6 +17,7 @@ from .planner import plan_entry
 from .planning import ASSUMED_GBPS, EARLY, replan, try_out
 from .residency import Prefetched, State
 from .simulator import Link
+from .streaming import Stream
 from .trace import Timeline
 
 
@@ -148,17 +149,23 @@ class Engine(Moves):
                 component.stream = None
                 self._register(component)
                 component.whole = id(component.module) in component.traced
-                self._make_ready(component, client, self._cap(component, client))
-                stream = component.stream
+                stream = self._make_ready_again(component, client)
             elif stream.spent:  # one more than was expected: there is no plan for it
-                self._make_ready(component, client, self._cap(component, client))
-                stream = component.stream
+                stream = self._make_ready_again(component, client)
             elif stream.window is None and self.residency.is_ready(component.key):
                 stream.close()
                 stream = component.stream = None
             if stream is not None:
                 stream.keeps = torch.is_grad_enabled()
                 stream.begin_pass(order.passes_left() == 0)
+
+    def _make_ready_again(self, component: Component, client: Client) -> Stream | None:
+        """Between two of its passes, in which its activations may be measured. Returns what awaits its units from now on."""
+        weighing = self.weigh()
+        self._make_ready(component, client, self._cap(component, client))
+        if weighing:
+            self.weighed()
+        return component.stream
 
     def weigh(self) -> bool:
         """Units are about to move while this thread's component runs: what it took besides those that are there is learned.
