@@ -175,7 +175,7 @@ class Component:
 
         Args:
             transient: changed tensors are carried as they are instead of being taken into new slabs: what changes within
-                a call (an upcast VAE) will most likely change back before the next.
+                a call (an upcast VAE) will most likely change back before the next. Not where units are to travel otherwise.
 
         Returns:
             (units that are new, units that are gone). The caller drops the latter's device memory first if it is held.
@@ -209,6 +209,8 @@ class Component:
         settled = {id(m) for u in kept for m in u.masters}
         fresh = [m for m in seen.values() if id(m) not in settled]
         made: list[Unit] = []
+        if self._recode or self._rejected:
+            transient = False  # units that are to travel otherwise do not come back
         if fresh and transient:
             for master in fresh:
                 master.twin = master.twin_data = master.unit = None
