@@ -135,7 +135,7 @@ def build_units(
         units.append(unit)
     if carried:
         for master in carried:
-            master.home = master.twin = master.twin_data = None
+            master.home = master.twin = master.twin_data = master.unit = None
             master.look()
         units.append(CarriedUnit(f"{prefix}/carried", carried))
     trim()

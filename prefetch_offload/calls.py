@@ -174,10 +174,11 @@ class Memory:
             room = max(least, available_nbytes - activations)
             return min(room, max(least, weight_nbytes)) if shape in self.alone else room
         if self.budget == "stock":
-            floor = self.stock_floor()
-            if shape not in self.activations or floor is None or shape in self.alone:
-                return weight_nbytes
-            return max(weight_nbytes, floor - self.activations[shape] - self.overhead_nbytes)
+            # Stock has no buffers for encoded weights: they take the place of weights, as far as units can be streamed.
+            floor, room = self.stock_floor(), weight_nbytes - self.overhead_nbytes
+            if shape in self.activations and floor is not None and shape not in self.alone:
+                room = max(room, floor - self.activations[shape] - self.overhead_nbytes)
+            return max(least, room)
         if shape not in self.activations:
             # It runs alone. Half of the budget is left to whatever it needs besides, more if it has to be streamed anyway.
             return weight_nbytes if weight_nbytes <= self.budget // 2 else max(least, self.budget // 4)

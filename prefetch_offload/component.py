@@ -170,11 +170,12 @@ class Component:
     def adopt(self, transient: bool = False) -> tuple[list[Unit], list[Unit]]:
         """Bring units and masters in line with what the modules show. The component is not bound.
 
-        Units of which every tensor is still in place are kept; the others' tensors and new ones form new units.
+        Units of which every tensor is still in place are kept; the others' tensors and new ones form new units. Interrupted
+        anywhere, or refused, it leaves the component to be adopted again: what it shows is known last.
 
         Args:
             transient: changed tensors are carried as they are instead of being taken into new slabs: what changes within
-                a call (an upcast VAE) will most likely change back before the next.
+                a call (an upcast VAE) will most likely change back before the next. Not where units are to travel otherwise.
 
         Returns:
             (units that are new, units that are gone). The caller drops the latter's device memory first if it is held.
@@ -182,17 +183,16 @@ class Component:
         modules = modules_of(self.module)
         if self.compiled is not None and modules != self._modules:
             self.compiled.restructured()
-        self._modules = modules
-        self._n_entries = self._count(self._modules)
+        self._n_entries = -1
         names = {id(m): n for n, m in self.module.named_modules(remove_duplicate=False)}
         seen: dict[int, Master] = {}
         slots: list[tuple[dict[str, Any], str, Master]] = []
-        self._placed = 0
-        for module in self._modules:
+        placed = 0
+        for module in modules:
             prefix = names.get(id(module), "")
             for entries, key, tensor in tensors_of([module]):
                 if tensor.device.type != "cpu":
-                    self._placed += 1  # by someone else; left alone until it comes back
+                    placed += 1  # by someone else; left alone until it comes back
                     continue
                 master = seen.get(id(tensor)) or self._masters.get(id(tensor))
                 if master is None or master.tensor is not tensor:
@@ -206,13 +206,14 @@ class Component:
         fit = [u for u in self._all_units() if not self._recode and u.key not in self._rejected]
         kept = [u for u in fit if self._intact(u, present)]
         codec = self._codec if not self._rejected else None
-        self._recode, self._rejected = False, set()
         settled = {id(m) for u in kept for m in u.masters}
         fresh = [m for m in seen.values() if id(m) not in settled]
         made: list[Unit] = []
+        if self._recode or self._rejected:
+            transient = False  # units that are to travel otherwise do not come back
         if fresh and transient:
             for master in fresh:
-                master.twin = master.twin_data = None
+                master.twin = master.twin_data = master.unit = None
                 master.look()
             made = [CarriedUnit(f"{self.key}.{next(self._generation)}/transient", fresh)]
             suspended = [u for u in self._all_units() if u not in kept and isinstance(u, SlabUnit)]
@@ -222,6 +223,9 @@ class Component:
                 name = f"{self.key}.{next(self._generation)}"
                 made = build_units(name, fresh, self.settings, self._pins, codec)
         gone = [u for u in self._all_units() if u not in kept]
+        # Nothing is refused from here on.
+        self._recode, self._rejected = False, set()
+        self._modules, self._placed = modules, placed
         self._suspended = suspended
         self.units = kept + made
         # by the tensors there are now: taking them in may have replaced an inference tensor
@@ -235,6 +239,7 @@ class Component:
         self.stop_casting()
         self.stop_casting = keep_twins(self._modules, slots)
         self._chart()
+        self._n_entries = self._count(modules)
         return made, gone
 
     def _chart(self) -> None:
@@ -324,10 +329,10 @@ class Component:
     @staticmethod
     def _intact(unit: Unit, present: set[int]) -> bool:
         if isinstance(unit, SlabUnit):
-            return all(id(m) in present and m.in_place for m in unit.masters)
+            return unit.intact and all(id(m) in present for m in unit.masters)
         # `transient` units last for one call; carried ones as long as their tensors stay what they are
         return not unit.key.endswith("/transient") and all(
-            id(m) in present and m.tensor.data_ptr() == m.ptr for m in unit.masters
+            id(m) in present and m.unit is unit and m.tensor.data_ptr() == m.ptr for m in unit.masters
         )
 
     @property
@@ -501,7 +506,7 @@ class Component:
                 master = by_twin.get(id(shown))
                 if master is None:
                     master = self._masters.get(id(shown))
-                    if master is not None and not master.shown:
+                    if master is not None and master.tensor is shown and not master.shown:
                         slots.append((entries, key, master))  # its unit is not on the device, or was not read
                         continue
                     if shown.device == self.device:  # made or replaced while on the device

@@ -107,8 +107,8 @@ class EncodedUnit(SlabUnit):
     def lay_table(self, device: torch.device) -> Table:
         """Put what the device needs to know there, in memory of the current stream."""
         assert self._sample_index is not None
-        self.table = build_table(self.descriptors, device)
         self._index = self._sample_index.to(device)
+        self.table = build_table(self.descriptors, device)  # last: no memory for either of them, and there is no table
         return self.table
 
     def remember(self) -> None:

@@ -17,6 +17,7 @@ from .planner import plan_entry
 from .planning import ASSUMED_GBPS, EARLY, replan, try_out
 from .residency import Prefetched, State
 from .simulator import Link
+from .streaming import Stream
 from .trace import Timeline
 
 
@@ -87,7 +88,7 @@ class Engine(Moves):
                 f"{component.name} is entered while a CUDA graph is being captured, and its weights would have to be moved in "
                 "the capture. Run it once right before capturing, on the same stream."
             )
-        with self._changing():
+        with self._held(), self._change:
             thread = threading.get_ident()
             client = self._client(component)
             self._end_segment(thread)
@@ -142,23 +143,29 @@ class Engine(Moves):
                 f"{component.name} is called while a CUDA graph is being captured, and its weights are moved while it runs. "
                 "Give it a budget in which it stays, or do not capture."
             )
-        with self._changing():
+        with self._held(), self._change:
             if component.compiled_since():  # points have gone into compiled code
                 stream.close()
                 component.stream = None
                 self._register(component)
                 component.whole = id(component.module) in component.traced
-                self._make_ready(component, client, self._cap(component, client))
-                stream = component.stream
+                stream = self._make_ready_again(component, client)
             elif stream.spent:  # one more than was expected: there is no plan for it
-                self._make_ready(component, client, self._cap(component, client))
-                stream = component.stream
+                stream = self._make_ready_again(component, client)
             elif stream.window is None and self.residency.is_ready(component.key):
                 stream.close()
                 stream = component.stream = None
             if stream is not None:
                 stream.keeps = torch.is_grad_enabled()
                 stream.begin_pass(order.passes_left() == 0)
+
+    def _make_ready_again(self, component: Component, client: Client) -> Stream | None:
+        """Between two of its passes, in which its activations may be measured. Returns what awaits its units from now on."""
+        weighing = self.weigh()
+        self._make_ready(component, client, self._cap(component, client))
+        if weighing:
+            self.weighed()
+        return component.stream
 
     def weigh(self) -> bool:
         """Units are about to move while this thread's component runs: what it took besides those that are there is learned.
@@ -198,7 +205,7 @@ class Engine(Moves):
 
     def rebudget(self, client: Client, budget: Budget) -> None:
         """The client has another budget from its next call on; what the new one has no room for goes now."""
-        with self._changing():
+        with self._held(), self._change:
             client.memory.budget = budget
             client.memory.alone.clear()
             client.memory.tight.clear()
@@ -250,7 +257,7 @@ class Engine(Moves):
 
     def out_of_memory(self, component: Component) -> None:
         """`component` ran out of memory while it ran: drop all that is not running; next, it is streamed."""
-        with self._changing():
+        with self._held(), self._change:
             client = self._client(component)
             shape = client.shapes.get(component.key)
             self.recorder.count("ladder")
@@ -266,11 +273,13 @@ class Engine(Moves):
                 self._make_ready(component, client, self._cap(component, client))
                 if component.stream is not None:
                     component.stream.begin_pass(client.order.passes_left() == 0)
+            elif component.stream is not None:
+                component.stream.begin_again()
 
     # ------------------------------------------------------------------- calls
     def start_call(self, client: Client, steps: int | None = None) -> None:
         """A pipeline call begins in this thread, of so many denoising steps if that is known."""
-        with self._changing():
+        with self._held(), self._change:
             client.calling += 1
             self._calls.setdefault(threading.get_ident(), []).append(client)
             if client.calling == 1:
@@ -291,7 +300,7 @@ class Engine(Moves):
 
     def leave_call(self, client: Client, failed: bool) -> None:
         """The pipeline call returned or raised."""
-        with self._changing():
+        with self._held(), self._change:
             stack = self._calls.get(threading.get_ident(), [])
             if client not in stack:
                 return  # interrupted before it began
@@ -304,7 +313,7 @@ class Engine(Moves):
 
     def freed(self, client: Client) -> None:
         """diffusers asks for all components to be on the host. Within a call of ours, its end does the rest."""
-        with self._changing():
+        with self._held(), self._change:
             self._return(client)
             if not client.calling:
                 self.end_call(client)
@@ -327,7 +336,7 @@ class Engine(Moves):
 
     def end_call(self, client: Client, failed: bool = False) -> None:
         """Show the masters, take over what changed on the device, and use the idle link for the next call."""
-        with self._changing():
+        with self._held(), self._change:
             self._return(client, learn=not failed)
             if not client.entered:
                 return
@@ -363,14 +372,14 @@ class Engine(Moves):
 
     def show_masters(self, components: list[Component]) -> None:
         """These components show their host weights; device copies stay."""
-        with self._changing():
+        with self._held(), self._change:
             for component in components:
                 if component.bound and not component.running:
                     self._unbind(component)
 
     def refresh(self, client: Client) -> None:
         """Look at every tensor of the client's components again."""
-        with self._changing():
+        with self._held(), self._change:
             for component in client.components.values():
                 if not component.bound:
                     for unit in component.units:
@@ -384,7 +393,7 @@ class Engine(Moves):
 
     def evict(self, components: list[Component]) -> None:
         """Show the masters of these components and give their device memory back."""
-        with self._changing():
+        with self._held(), self._change:
             for component in components:
                 if component.running:
                     continue

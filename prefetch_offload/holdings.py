@@ -78,7 +78,7 @@ class Client:
 
 
 class _Change:
-    """See `Holdings._changing`. Entered for every use of a streamed unit: a generator would cost three times as much."""
+    """See `Holdings._held`. Entered for every use of a streamed unit: a generator would cost three times as much."""
 
     def __init__(self, holdings: Holdings) -> None:
         self._of = weakref.ref(holdings)
@@ -86,32 +86,22 @@ class _Change:
     def __enter__(self) -> None:
         of = self._of()
         assert of is not None
-        of.lock.acquire()
-        of._depth += 1
-        if of._depth > 1:
+        if of._part._is_owned():
             return
-        try:
-            if of._dirty:
-                of._recover()
-            of._dirty = True
-        except BaseException:
-            of._depth -= 1
-            of.lock.release()
-            raise
+        if of._dirty:
+            of._recover()
+        of._dirty = True
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         of = self._of()
         assert of is not None
-        try:
-            if of._depth == 1:
-                if kind is None:
-                    of._bury()
-                    of._dirty = False
-                elif issubclass(kind, _ORDERLY):
-                    of._dirty = False
-        finally:
-            of._depth -= 1
-            of.lock.release()
+        if of._part._is_owned():
+            return
+        if kind is None:
+            of._bury()
+            of._dirty = False
+        elif issubclass(kind, _ORDERLY):
+            of._dirty = False
 
 
 class Holdings:
@@ -126,6 +116,7 @@ class Holdings:
         self.residency = Residency()
         self.recorder = Recorder(self.lanes)
         self.lock = threading.RLock()
+        self._part = threading.RLock()  # see `_held`; only who has `lock` takes it
         self.addresses: Addresses | None = None  # where some component's units keep theirs
         self.components: dict[str, weakref.ref[Component]] = {}
         self._by_module: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Component]] = weakref.WeakKeyDictionary()
@@ -134,13 +125,18 @@ class Holdings:
         self._dirty = False
         self._graveyard: list[str] = []
         self._sampled: set[str] = set()  # units whose bytes were sampled since a call began
-        self._depth = 0
         self._change = _Change(self)
 
     # ------------------------------------------------------------- consistency
-    def _changing(self) -> contextlib.AbstractContextManager[None]:
-        """Hold the lock over a change. An interrupt inside it leaves a mark, and the next change repairs first."""
-        return self._change
+    def _held(self) -> contextlib.AbstractContextManager[bool]:
+        """The lock to hold over a change: ``with self._held(), self._change``. An interrupt inside it leaves a mark, and the
+        next change repairs first.
+
+        An interrupt between any two steps of `_Change` leaves the lock free: the interpreter takes and gives a lock of its
+        own in one step with entering and leaving the block. And nothing has to be counted that could then be wrong: within a
+        change a second lock is held for each that is part of it, and locks know whether they are.
+        """
+        return self._part if self.lock._is_owned() else self.lock  # as threading.Condition asks
 
     def _recover(self) -> None:
         """After an interrupt anywhere in the engine: wait for the device, show masters, hold nothing.
@@ -157,11 +153,7 @@ class Holdings:
                     component.stream = None
                 component.unbind()
         self.transport.reset([u for u in self.units.values() if u.key not in kept])
-        self.residency = Residency()
-        for unit in self.units.values():
-            self.residency.add_unit(unit.key, unit.nbytes, unit.prefetchable)
-        for component in self.live():
-            self._register(component)
+        self._recount()
         self.residency.handle(Prefetched(EntryPlan((), tuple(kept))))  # carried out before, and so was this:
         self.residency.handle(Needed(tuple(u for u in kept if self.transport.flights[u].readers)))
         for component in running:
@@ -170,10 +162,26 @@ class Holdings:
         names = {c.key for c in running}
         self.current = {t: key for t, key in self.current.items() if key in names}
 
+    def _recount(self) -> None:
+        """Know the units that live components have, and no others. Nobody holds any besides those in the transport."""
+        for key in [key for key, ref in self.components.items() if ref() is None]:
+            del self.components[key]
+        live = self.live()
+        theirs = {u.key for c in live for u in (*c.units, *c.suspended_units)}
+        self.residency = Residency()
+        for unit in [u for u in self.units.values() if u.key not in theirs]:
+            self._forget_unit(unit)
+        for unit in self.units.values():
+            self.residency.add_unit(unit.key, unit.nbytes, unit.prefetchable)
+        for component in live:
+            if component.outdated:
+                component._chart()  # its units may have become others since
+            self._enrol(component)
+
     # -------------------------------------------------------------- components
     def component(self, module: nn.Module, settings: Settings, name: str) -> Component:
         """The component of `module`, taken in as `name` if it is new."""
-        with self._changing():
+        with self._held(), self._change:
             ref = self._by_module.get(module)
             component = ref() if ref is not None else None
             if component is None:
@@ -223,7 +231,7 @@ class Holdings:
 
     def remove(self, component: Component) -> None:
         """Stop offloading: weights stay where they are shown now; device copies, pins and masters are given up."""
-        with self._changing():
+        with self._held(), self._change:
             if component.key not in self.components:
                 return
             if component.stream is not None:
@@ -252,10 +260,24 @@ class Holdings:
         return [unit for name, unit in self.units.items() if name.startswith(key + ".")]
 
     def _forget_unit(self, unit: Unit) -> None:
-        self.residency.remove_unit(unit.key)
-        del self.units[unit.key]
+        """Known in `units` until nothing else of it is left: what was interrupted can be done again."""
+        if self.residency.knows_unit(unit.key):
+            self.residency.remove_unit(unit.key)
         self.recorder.owner.pop(unit.key, None)
         self.transport.retire(unit)
+        del self.units[unit.key]
+
+    def _enrol(self, component: Component) -> None:
+        """Make a component's new units known, in `units` last."""
+        for unit in component.units:
+            if unit.key not in self.units:
+                if component.stable and isinstance(unit, SlabUnit):
+                    unit.settle_at(self.addresses)
+                self.residency.add_unit(unit.key, unit.nbytes, unit.prefetchable)
+                self.recorder.owner[unit.key] = (component.key, component.name)
+                self.transport.admit(unit)
+                self.units[unit.key] = unit
+        self._register(component)
 
     def _bury(self) -> None:
         while self._graveyard:
@@ -277,15 +299,7 @@ class Holdings:
             for unit in gone:
                 if unit not in component.suspended_units:
                     self._forget_unit(unit)
-            for unit in component.units:
-                if unit.key not in self.units:
-                    if component.stable and isinstance(unit, SlabUnit):
-                        unit.settle_at(self.addresses)
-                    self.units[unit.key] = unit
-                    self.residency.add_unit(unit.key, unit.nbytes, unit.prefetchable)
-                    self.recorder.owner[unit.key] = (component.key, component.name)
-                    self.transport.admit(unit)
-            self._register(component)
+            self._enrol(component)
         stale = component.written()
         if sampled and component.settings.fingerprints:
             stale += [u for u in component.units if u.key in self.transport.flights and u not in stale and u.stale()]
@@ -421,10 +435,15 @@ def _collected(holdings_ref: weakref.ref[Holdings], key: str) -> None:
     if holdings is None:
         return
     holdings._graveyard.append(key)
-    if holdings.lock.acquire(blocking=False):
+    lock = holdings.lock
+    if lock._is_owned():
+        return
+    try:
+        if lock.acquire(blocking=False) and not holdings._dirty:
+            with holdings._change:
+                holdings._bury()
+    finally:  # from here to the release the interpreter looks for no interrupt
         try:
-            if not holdings._depth and not holdings._dirty:
-                with holdings._changing():
-                    pass
-        finally:
-            holdings.lock.release()
+            lock.release()
+        except RuntimeError:
+            pass  # another thread has it

@@ -93,7 +93,11 @@ class Slab:
                 memory = _mapping(-(-self.nbytes // _PAGE) * _PAGE)
                 ordinary = torch.frombuffer(memory, dtype=torch.uint8, count=self.nbytes)
                 self._memory, self.bytes = memory, ordinary.copy_(self.bytes)
-            self._unpin()
+            alive = self._unpin.peek()
+            if alive is not None:
+                _, release, args, _ = alive
+                release(*args)  # before it counts as done: interrupted in it, the slab's end or another try does it again
+                self._unpin.detach()
             self._unpin = None
         self.pinned = False
 
@@ -183,7 +187,7 @@ class Pins:
         slab._memory, slab.bytes = buffer, pinned
         slab.pinned = True
         self._pinned[pinned.data_ptr()] = slab.nbytes
-        slab._unpin = weakref.finalize(slab, self._pinned.pop, pinned.data_ptr())
+        slab._unpin = weakref.finalize(slab, self._pinned.pop, pinned.data_ptr(), None)
         slab._unpin.atexit = False
         return True
 

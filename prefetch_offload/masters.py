@@ -234,6 +234,15 @@ class SlabUnit(Unit):
             return self.addresses.holds(self)
         return self.bytes is not None and self.bytes.untyped_storage().nbytes() > 0
 
+    @property
+    def intact(self) -> bool:
+        """The data of all masters is what lies in this slab. A tensor may lie in another one that nothing came of."""
+        base = self.slab.bytes.data_ptr()
+        return all(
+            m.in_place and m.home is not None and m.home.data_ptr() == base + offset
+            for m, offset in zip(self.masters, self._offsets, strict=True)
+        )
+
     def place(self, offsets: list[int]) -> None:
         """Masters lie at these byte offsets of the slab."""
         self._offsets = offsets

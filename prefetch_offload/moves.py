@@ -330,7 +330,7 @@ class Moves(Holdings):
 
     def reorder(self, component: Component) -> None:
         """The order in which `component` uses its units was learned."""
-        with self._changing():
+        with self._held(), self._change:
             self._register(component)
 
     def _waits(self, instructions: list[Instruction]) -> bool:
@@ -377,7 +377,7 @@ class Moves(Holdings):
     def settle(self, component: Component) -> None:
         """Await all units of `component` that are there or on their way; if that is all there are, nothing is left to do in
         its calls."""
-        with self._changing():
+        with self._held(), self._change:
             units = tuple(u for u in component.order if self.residency.state(u) is State.LOADING)
             if units:
                 self._await(component, units)
@@ -399,7 +399,7 @@ class Moves(Holdings):
 
     def prefetch_others(self, client: Client, component: Component, unread: frozenset[str]) -> None:
         """`component` needs no more of the link: what comes after it may have it, and the room of what it has read."""
-        with self._changing():
+        with self._held(), self._change:
             protected = self._protected(component) | unread | component.must
             cap = self._cap(component, client)
             plan = plan_entry(

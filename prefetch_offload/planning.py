@@ -98,7 +98,10 @@ def workload_of(client: Client) -> Workload | None:
 def set_aside(client: Client, shape: object) -> int:
     """Device bytes to leave to everything but weights while `shape` runs."""
     memory = client.memory
-    return memory.set_aside(shape) if isinstance(memory.budget, int) else memory.activations[shape]
+    if isinstance(memory.budget, int):
+        return memory.set_aside(shape)
+    overhead = memory.overhead_nbytes if memory.budget == "stock" else 0  # of the others, what is free knows of it
+    return memory.activations[shape] + overhead
 
 
 def budget_of(engine: Engine, client: Client) -> int | None:

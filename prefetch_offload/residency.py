@@ -161,6 +161,9 @@ class Residency:
             raise ValueError(f"component {component} names a unit twice: {', '.join(units)}")
         self._components[component] = tuple(units)
 
+    def knows_unit(self, unit: str) -> bool:
+        return unit in self._units
+
     def knows(self, component: str) -> bool:
         return component in self._components
 

@@ -91,17 +91,23 @@ class Stream:
         """The component is called again; `last`: no further call of it is expected."""
         self.passes += 1
         self._last = last
+        self._measuring = self.passes == 1
+        if self.window is not None:
+            self.window.begin()
+        self.begin_again()
+        if last and self.window is not None:
+            self.guard(self.units)  # every unit that has been read may make room for the next component's
+
+    def begin_again(self) -> None:
+        """Nothing of the pass has been: it begins, or is called once more after an error in it."""
         self._turned = -1
         self._followed = ""
-        self._measuring = self.passes == 1
         self._visited.clear()
         self._marks.clear()
         self._read.clear()
         self.active.clear()
         if self.window is not None:
-            self.window.begin()
-        if last and self.window is not None:
-            self.guard(self.units)  # every unit that has been read may make room for the next component's
+            self.window.rewind()
 
     def end_pass(self) -> None:
         """The call returned. The first one taught in which order units are used."""
@@ -136,7 +142,7 @@ class Stream:
             self._follow(window, point)
         for unit in point.units:
             if state(unit) is not State.READY:
-                with engine._changing():
+                with engine._held(), engine._change:
                     self._fetch(point.units)
                 break
         if weighing:
@@ -155,7 +161,7 @@ class Stream:
             row = window.row(unit) if unit != self._followed else None
             if row is not None:
                 self._followed = unit
-                with self.engine._changing():
+                with self.engine._held(), self.engine._change:
                     self.engine.follow(self.client, self.component, row)
                     self.resync()
 
@@ -198,7 +204,7 @@ class Stream:
             if self._final.get(unit) is not point or any(unit in outer.units for outer in self.active):
                 continue
             self._read.add(unit)
-            with self.engine._changing():  # an interrupt between the decision and the moves has to be repaired
+            with self.engine._held(), self.engine._change:  # an interrupt between the decision and the moves has to be repaired
                 if window.streams(unit):
                     drops, loads = window.done(unit, self._last)
                     if drops or loads:
@@ -241,7 +247,7 @@ class Stream:
         component, engine = self.component, self.engine
         component.stays(unit)
         engine.discard_measurement()
-        with engine._changing():
+        with engine._held(), engine._change:
             self._fetch((unit,))
             if self.window is not None:
                 self.window.stay(unit)

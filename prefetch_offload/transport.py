@@ -12,6 +12,7 @@ from .device import (
     COPY_AFTER_ALLOCATION,
     FREE_AFTER_LAST_USE,
     FREE_AFTER_UNUSED_COPY,
+    OUT_OF_MEMORY,
     RETIRE_AFTER_COPY,
     STAGE_AFTER_COPY,
     USE_AFTER_COPY,
@@ -122,7 +123,10 @@ class Transport:
         """A unit that will travel. For encoded ones, the kernel that they need is compiled now. Nothing is moved."""
         if isinstance(unit, EncodedUnit):
             self._encoded[unit.key] = unit
-            self._lay_table(unit)
+            try:
+                self._lay_table(unit)
+            except OUT_OF_MEMORY:
+                pass  # its load tries again, where others make room
 
     @property
     def overhead_nbytes(self) -> int:
@@ -265,8 +269,9 @@ class Transport:
 
     def retire(self, unit: Unit) -> None:
         """Give up the unit's host memory, once nothing is being copied from it. The unit is not on the device."""
-        if unit.copied is not None:
-            self.lanes.host_wait(unit.copied, RETIRE_AFTER_COPY)
+        copied, unit.copied = unit.copied, None
+        if copied is not None:
+            self.lanes.host_wait(copied, RETIRE_AFTER_COPY)
             if isinstance(unit, SlabUnit) and unit.source.pinned:
                 self.lanes.note_host("free", _on_host(unit))
         if self._encoded.pop(unit.key, None) is not None and not self._encoded:

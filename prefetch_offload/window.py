@@ -175,6 +175,10 @@ class Window:
 
     def begin(self) -> None:
         """A pass begins."""
+        self.rewind()
+
+    def rewind(self) -> None:
+        """The pass stands at its beginning."""
         self._front = -1
 
     def need(self, unit: str, together: frozenset[str] = frozenset()) -> tuple[list[str], list[str]]:

@@ -281,6 +281,19 @@ def test_stock_never_takes_more_than_stock_would(history: History, available: in
 
 
 @settings(deadline=None, max_examples=100)
+@given(history=histories, available=nbytes, overhead=nbytes)
+def test_under_stock_the_overhead_takes_the_place_of_weights(history: History, available: int, overhead: int) -> None:
+    memory = measured("stock", history)
+    floor = memory.stock_floor()
+    memory.overhead_nbytes = overhead
+    for shape, (weights, runs) in history.items():
+        assert floor is not None
+        assert memory.cap(shape, weights, available, 0) == max(0, floor - max(runs) - overhead)
+        assert memory.cap(shape, weights, available) >= weights, "it cannot be streamed"
+    assert memory.cap("new", 500, available, 100) == max(100, 500 - overhead)
+
+
+@settings(deadline=None, max_examples=100)
 @given(budget=st.integers(1, 1000), history=histories, available=nbytes)
 def test_a_budget_holds_weights_and_activations(budget: int, history: History, available: int) -> None:
     memory = measured(budget, history)

@@ -249,3 +249,40 @@ def test_points_are_the_largest_modules_of_one_unit_each() -> None:
     assert {p.module for p in find_points(module, units)[0]} == set(by_module)
     module.compile(backend="eager")
     assert find_points(module, units) == ([], frozenset(u.key for u in units))
+
+
+@pytest.mark.parametrize(("share", "call"), [(None, 0), (0.7, 1)])
+def test_a_second_try_begins_the_pass_anew(share: float | None, call: int, sim: Any, enable: Any) -> None:
+    """What the first try had begun to read it has not read: the pass is learned from the second, and its window moves on."""
+    expected = resident_images("flux")
+    undisturbed, pipe = CASES["flux"].build(), CASES["flux"].build()
+    for one in (undisturbed, pipe):
+        enable(one, budget=None if share is None else budget_of(one, share), **UNITS)
+        assert [draw("flux", one, seed).tobytes() for seed in range(call)] == [e.tobytes() for e in expected[:call]]
+    assert draw("flux", undisturbed, call).tobytes() == expected[call].tobytes()
+    points = [point.module for point in pipe.transformer._hf_hook.component.points]
+    tries: list[int] = []
+    active: list[int] = []
+
+    def fail(*args: Any) -> None:
+        tries.append(1)
+        if len(tries) == 1:
+            raise torch.OutOfMemoryError("simgpu out of memory")
+
+    def look(*args: Any) -> None:
+        stream = pipe.transformer._hf_hook.component.stream
+        active.append(len(stream.active) if stream is not None else 0)
+
+    handles = [points[48].register_forward_pre_hook(fail), points[24].register_forward_pre_hook(look)]
+    assert draw("flux", pipe, call).tobytes() == expected[call].tobytes()
+    component, other = (p.transformer._hf_hook.component for p in (pipe, undisturbed))
+    assert bool(component.client.memory.tight) is (share is not None), "or there were others to drop"
+    assert len(tries) > 1 and max(active) == 1
+    assert component.visits == other.visits and component.first_visit == other.first_visit
+    assert [u.partition("/")[2] for u in component.order] == [u.partition("/")[2] for u in other.order]
+    assert [point and point.number for point, _, _ in component.pending] == [
+        point and point.number for point, _, _ in other.pending
+    ]
+    for handle in handles:
+        handle.remove()
+    assert draw("flux", pipe, 1).tobytes() == expected[1].tobytes()

@@ -118,6 +118,52 @@ def test_fp8_gives_the_images_of_the_rounded_weights(name: str, share: float | N
     assert all(torch.equal(before[key], p) for key, p in weights(pipe)), "the host's weights are exact"
 
 
+@pytest.mark.parametrize("way", ["raw", "packed", "fp8"])
+@pytest.mark.parametrize("name", PIPES)
+def test_no_more_memory_than_stock_offload(name: str, way: str, sim: Any, enable: Any) -> None:
+    """What encoded weights arrive in is counted, and stock has no such thing."""
+    pipe = build(name)
+    pipe.enable_model_cpu_offload(device=DEVICE)
+    stock = 0
+    for seed in range(2):
+        settle(sim)
+        sim.reset()
+        draw(name, pipe, seed)
+        stock = max(stock, sim.counters()["peak"])
+    pipe.remove_all_hooks()
+    pipe.to("cpu")
+    del pipe
+    pipe = build(name)
+    offload = enable(pipe, transport=way, budget="stock", **UNITS)
+    assert bool(encoded_units(offload)) is (way != "raw")
+    for seed in range(4):
+        settle(sim)
+        sim.reset()
+        draw(name, pipe, seed % 2)
+        assert sim.counters()["peak"] <= stock, f"call {seed}"
+    assert not offload.stats.counts
+
+
+def test_what_is_to_travel_otherwise_does_so_from_within_a_call(sim: Any, enable: Any) -> None:
+    """It is no change that will be undone when the call ends: it is taken in as it is to travel, and stays so."""
+    pipe = build("flux")
+    ids = torch.ones(1, 77, dtype=torch.long)
+    offload = enable(pipe, transport={"text_encoder": "packed"}, **UNITS)
+    component = pipe.text_encoder._hf_hook.component
+    with torch.no_grad(), offload.calling():
+        expected = pipe.text_encoder(ids)[0].cpu()
+        rejected = [u.key for u in encoded_units(offload)]
+        assert rejected
+        component.reject(rejected)
+        offload._engine.show_masters([component])
+        assert torch.equal(pipe.text_encoder(ids)[0].cpu(), expected)
+        assert not component.suspended and not encoded_units(offload)
+    assert not component.suspended_units and not encoded_units(offload)
+    with torch.no_grad(), offload.calling():
+        assert torch.equal(pipe.text_encoder(ids)[0].cpu(), expected)
+    assert not encoded_units(offload)
+
+
 def on_link(offload: Any) -> dict[str, int]:
     return {c.name: c.link_nbytes for c in offload.stats.components}
 

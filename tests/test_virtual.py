@@ -180,7 +180,7 @@ def from_another_stream(pipe: Any, offload: Any) -> None:
             with stream:
                 pipe.text_encoder(ids)
                 engine, component = offload._engine, pipe.text_encoder._hf_hook.component
-                with engine._changing():
+                with engine._held(), engine._change:
                     engine._drop([u.key for u in component.units])
     for stream in streams:
         torch.accelerator.current_stream().wait_event(stream.record_event())
