@@ -41,12 +41,14 @@ class Stream:
         self.passes = 0
         self._last = False
         self._turned = -1
-        self._followed = ""  # the unit that the script was followed for last
+        self._followed = ""  # the unit that the script was asked about last
         self._place = {key: i for i, key in enumerate(component.order)}
         self._readers: dict[str, list[Point]] = {}
         for point in component.points:
             for unit in point.units:
                 self._readers.setdefault(unit, []).append(point)
+        if isinstance(self.window, Scripted):
+            self.window.take_turns(self._readers)
         self._cap = engine._cap(component, client)
         self._final: dict[str, Point] = {}  # of each unit, the point that is its last reader in a pass
         self._visited: list[Point] = []
@@ -149,7 +151,8 @@ class Stream:
             engine.weighed()
         if window is not None and point.number == self.component.first_visit and self._read:
             self._last = False  # round again within one call, as a tiled VAE's decoder goes
-            window.begin()
+            if not window.scripted:  # a script knows calls; within one, it tells turns apart by itself
+                window.begin()
         if arrived is not None:
             self._visited.append(point)
             self._marks.append((point, arrived, engine.lanes.record(engine.lanes.compute())))
@@ -158,9 +161,10 @@ class Stream:
 
     def _follow(self, window: Scripted, point: Point) -> None:
         for unit in point.units:
-            row = window.row(unit) if unit != self._followed else None
+            row = None
+            if unit != self._followed:
+                row, self._followed = window.follow(unit), unit
             if row is not None:
-                self._followed = unit
                 with self.engine._held(), self.engine._change:
                     self.engine.follow(self.client, self.component, row)
                     self.resync()

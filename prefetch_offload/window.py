@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -279,10 +279,37 @@ class Scripted(Window):
         self._script = share.script
         self._place = {u: i for i, u in enumerate(share.script.units)}
         self._pass = -1
+        self.take_turns(share.script.units)
+
+    def take_turns(self, units: Iterable[str]) -> None:
+        """These are the units whose reads are told of; others of the script have to be there throughout."""
+        told = set(units)
+        self._turn = {u: i for i, u in enumerate(u for u in self._script.units if u in told)}
+        self.rewind()
 
     def begin(self) -> None:
         super().begin()
         self._pass += 1
+
+    def rewind(self) -> None:
+        super().rewind()
+        self._due, self._before = 0, -1
+
+    def follow(self, unit: str) -> tuple[str, ...] | None:
+        """What is to be there now that `unit` is read; None: it is read besides its turn, as one with several places is.
+
+        Its turn is when all before it have had theirs, or when it comes right behind the one before it: after others were
+        left out, and when the whole is read once more within a pass.
+        """
+        turn = self._turn.get(unit)
+        if turn is None:
+            return None
+        due = turn == self._due or turn == (self._before + 1) % len(self._turn)
+        self._before = turn
+        if not due:
+            return None
+        self._due = (turn + 1) % len(self._turn)
+        return self.row(unit)
 
     def row(self, unit: str) -> tuple[str, ...] | None:
         """What is to be there when `unit` is read; None: the script does not know the unit."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,8 @@ class Interrupts:
         code = frame.f_code
         if not code.co_filename.startswith(PACKAGE) or "testing" in code.co_filename:
             return None
+        if frame.f_back is not None and frame.f_back.f_code.co_filename == weakref.__file__:
+            return None  # a finalizer, whose errors nobody hears of
         if code.co_name in self._names:
             self._inside += 1
         elif not self._inside:

@@ -154,3 +154,65 @@ def test_two_pipelines_of_which_one_has_a_script(sim: Any, enable: Any) -> None:
         assert torch.equal(pipe(x, passes), expected[0])
         assert torch.equal(other(x, others_passes), expected[1])
         assert torch.equal(pipe(x, passes), expected[0])
+
+
+class Turns(Chain):
+    """Reads its layers in the order given, some of them more than once, and a scale of its own throughout."""
+
+    def __init__(self, widths: list[int], turns: list[int]) -> None:
+        super().__init__(widths)
+        self.scale = nn.Parameter(torch.ones(64))
+        self.turns = turns
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for turn in self.turns:
+            layer = self.layers[turn]
+            w = layer.in_features
+            x = torch.tanh(layer(nn.functional.pad(x, (0, max(0, w - x.shape[-1])))[..., :w])) * self.scale[0]
+        return x
+
+
+TURNS = {"back": [0, 1, 0, 2, 3], "twice": [0, 0, 1, 2, 2, 3], "round": [0, 1, 2, 3, 0, 1, 2, 3], "last": [1, 2, 0, 3, 1]}
+
+
+@pytest.mark.parametrize("share", [0.6, 0.75, 0.9])
+@pytest.mark.parametrize("turns", TURNS)
+def test_units_that_are_read_in_several_places(turns: str, share: float, sim: Any, enable: Any) -> None:
+    """A script has one turn for each unit in a pass. A read besides that costs a copy where the unit has left, nothing else."""
+
+    def made() -> Pair:
+        torch.manual_seed(5)
+        return Pair(Chain([256, 320, 192]), Turns([384, 256, 448, 320], TURNS[turns]))
+
+    pipe = made()
+    nbytes = sum(p.nbytes for m in (pipe.first, pipe.second) for p in m.parameters())
+    x = torch.randn(1, 32, generator=torch.Generator().manual_seed(3))
+    expected = pipe.to(DEVICE)(x, 3)
+    pipe = made()
+    strategy = Trying(3)
+    budget = int(share * nbytes)
+    offload = enable(pipe, budget=budget, strategy=strategy, fingerprints=False, **UNITS)
+    copied = []
+    for call in range(5):
+        settle(sim)
+        sim.reset()
+        before = offload.stats.h2d_nbytes
+        assert torch.equal(pipe(x, 3), expected)
+        copied.append(offload.stats.h2d_nbytes - before)
+        assert sim.counters()["peak"] <= budget, f"call {call}"
+    assert not offload.stats.counts
+    assert len(set(copied[-2:])) == 1, copied
+    workload, room, shares = strategy.asked[-1]
+    payload = {u.key: u.payload_nbytes for c in offload._session.client.components.values() for u in c.units}
+    each = []
+    for calls in (3, 4):
+        spans = simulate(workload, shares, room, strategy.link, calls).timeline.spans
+        each.append(sum(payload[str(s.args["unit"])] for s in spans if s.track == "copy"))
+    planned = each[1] - each[0]
+    if turns == "round":
+        assert copied[-1] <= 2 * planned, "every pass is two"
+    elif turns == "back":
+        again = 3 * pipe.second.layers[1].weight.nbytes
+        assert copied[-1] <= planned + again, "at most one unit more a pass"
+    else:
+        assert copied[-1] == planned
