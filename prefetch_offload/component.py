@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from torch import nn
 from .adoption import build_units
 from .casting import keep_twins
 from .codecs import codec_for
-from .compiling import uses_cuda_graphs
+from .compiling import may_be_compiled, uses_cuda_graphs
 from .config import Settings
 from .host import Pins
 from .masters import CarriedUnit, Master, SlabUnit, Unit, modules_of, tensors_of, version_of
@@ -262,8 +261,8 @@ class Component:
         return True
 
     def compiled_now(self) -> frozenset[int]:
-        """Identities of the modules with compiled calls, as far as Inductor may be behind them."""
-        return traced(self._modules) if "torch._inductor.config" in sys.modules else frozenset()
+        """Identities of the modules with compiled calls, as far as Inductor or CUDA graphs may be behind them."""
+        return traced(self._modules) if may_be_compiled() else frozenset()
 
     def look_for_graphs(self, call: Any, compiled: frozenset[int]) -> None:
         """Find out whether it is compiled with CUDA graphs, if what is compiled of it has changed.
