@@ -371,6 +371,30 @@ def test_an_arenas_memory_waits_for_the_stream_that_used_it(first: bool, sim: An
     assert sim.hazards() == []
 
 
+def test_an_arena_of_one_component_counts_beside_the_others(enable: Any, sim: Any) -> None:
+    """Plans are made for what the arena leaves, so that they can be followed; what is taken is never above the budget."""
+    pipe = CASES["flux"].build()
+    sizes = {n: sum(p.nbytes for p in m.parameters()) for n, m in pipe.components.items() if isinstance(m, torch.nn.Module)}
+    budget = sizes["transformer"] + sizes["text_encoder_2"] // 2 + (1 << 20)
+    resident("flux", torch.float32)
+    settle(sim)
+    sim.reset()
+    offload = enable(pipe, budget=budget, **UNITS)
+    pipe.transformer._hf_hook.component.graphs = True  # as if it were compiled with CUDA graphs
+    engine, client = offload._engine, offload._session.client
+    for seed in range(3):
+        assert_same([np.asarray(CASES["flux"].call(pipe, seed=seed))], [resident("flux", torch.float32)[seed]])
+        assert sim.counters()["peak"] <= budget, "by the device's own count"
+        assert offload.stats.peak_nbytes <= budget
+    assert pipe.transformer._hf_hook.component.fixed and engine.addresses.pool_nbytes >= sizes["transformer"]
+    for key, component in client.components.items():
+        share = client.plan.shares.get(key)
+        limit = component.nbytes if share is None else share.limit_nbytes
+        left = budget - engine.addresses.pool_nbytes - client.memory.set_aside(client.shapes[key])
+        assert component.fixed or limit <= left, f"{key} is promised what the arena has"
+    assert offload.plan.streamed["vae"] > 0
+
+
 def test_two_pipelines_share_what_an_arena_leaves(enable: Any, sim: Any) -> None:
     """What one pipeline's arena takes is not there for the other's weights."""
     first, second = CASES["sd"].build(), CASES["flux"].build()
