@@ -175,9 +175,9 @@ class CompileWatch:
         if self._started:
             with self._lock:
                 # What the program compiled meanwhile is none of ours, and it may have cleared the tables.
-                if not self._running and (self._count_of("frames", "total"), self._count_of("stats", "unique_graphs")) != (
-                    self._frames,
-                    self._graphs,
+                if not self._running and (
+                    self._count_of("frames", "total") != self._frames
+                    or self._count_of("stats", "unique_graphs") != self._graphs
                 ):
                     self._rebase()
                 self._running += 1

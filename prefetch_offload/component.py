@@ -226,6 +226,7 @@ class Component:
         # by the tensors there are now: taking them in may have replaced an inference tensor
         self._masters = {id(m.tensor): m for m in seen.values()}
         for unit in self.units:
+            unit.places = None
             for master in unit.masters:
                 master.unit = unit
         self._slots = slots
@@ -348,7 +349,10 @@ class Component:
         """Units whose master was written in place since it was last looked at; looks at them."""
         found = []
         for unit in self.units:
-            written = [m for m in unit.masters if version_of(m.tensor) != m.version]
+            try:
+                written = [m for m in unit.masters if m.tensor._version != m.version]
+            except RuntimeError:  # inference tensors have none
+                written = [m for m in unit.masters if version_of(m.tensor) != m.version]
             for master in written:
                 master.look()
             if written:
@@ -360,7 +364,6 @@ class Component:
         """Let the modules show the twins of units whose copy the caller's stream has waited for, and else the masters."""
         self.bound = True
         for unit in self.units:
-            unit.places = None
             if awaited(unit):
                 self._show(unit)
         self._after_swap()
@@ -373,15 +376,18 @@ class Component:
             self._after_swap()
 
     def _show(self, unit: Unit) -> None:
-        # Looked up once a run: looking at tensors for every use of a streamed unit costs more than showing them.
+        # Looked up once: looking at tensors for every use of a streamed unit costs more than showing them.
         if unit.places is None:
-            unit.places = []
+            unit.places, unit.checked = [], False
             for master in unit.masters:
                 tensor, twin = master.tensor, master.twin
                 assert twin is not None, f"{self.key}: {master.name} has no twin"
+                unit.places += [(entries, key, tensor, twin) for entries, key in master.slots]
+        if not unit.checked:  # since it was bound
+            unit.checked = True
+            for _, _, tensor, twin in unit.places:
                 if twin.requires_grad is not tensor.requires_grad:
                     twin.requires_grad_(tensor.requires_grad)
-                unit.places += [(entries, key, tensor, twin) for entries, key in master.slots]
         unit.shown = True
         for entries, key, tensor, twin in unit.places:
             if entries.get(key) is tensor:
@@ -446,7 +452,7 @@ class Component:
 
     def _hide(self) -> None:
         for unit in self.units:
-            unit.shown, unit.places = False, None
+            unit.shown = unit.checked = False
 
     @property
     def shown(self) -> bool:

@@ -192,6 +192,9 @@ class Lanes:
 
     def generator_state(self) -> torch.Tensor | None:
         """State of the device's default generator, where the backend shows it."""
+        generators = getattr(self.module, "default_generators", None)
+        if generators:  # what `get_rng_state` comes to, without finding the device first: it is asked for in every call
+            return generators[self.device.index].get_state()  # type: ignore[no-any-return]
         get = getattr(self.module, "get_rng_state", None)
         return get(self.device) if get is not None else None
 
