@@ -222,7 +222,8 @@ class CompileWatch:
             return []
         known, seen = self._reasons.get(code, (None, 0))
         self._reasons[code] = reasons, len(reasons)
-        return [str(r) for r in (reasons[seen:] if known is reasons else reasons)]
+        # Each on one line: some come with the source of a guard, or with a stack.
+        return [" ".join(str(r).split()) for r in (reasons[seen:] if known is reasons else reasons)]
 
     def _compiled(self, code: CodeType, new: CodeType) -> None:
         """Dynamo's hook: a frame has been compiled. It must not raise, which would spoil the compilation."""

@@ -58,7 +58,7 @@ def _through(component: Component, call: Callable[..., Any], args: tuple[Any, ..
         again = watch.end(before)
     if again and component.client.settings.strict_compile:
         raise RecompileError(
-            f"{component.name} was compiled again, or in pieces, and strict_compile=True: " + "; ".join(again)
+            f"{component.name} was compiled again, or in pieces, and strict_compile=True:" + "".join(f"\n  {r}" for r in again)
         )
     return result
 
