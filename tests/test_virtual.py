@@ -420,7 +420,9 @@ def test_turned_off_and_on_again(cuda: FakeCuda, enable: Any) -> None:
 # --------------------------------------------------------------------------------------------------- found out by itself
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Inductor's import
 @pytest.mark.parametrize(
-    "how", ["in place", "assigned", "decode", "blocks", "options", "default", "cudagraphs", "cudagraphs partly", "aot_eager"]
+    "how",
+    ["in place", "assigned", "decode", "blocks", "options", "default", "max-autotune", "max-autotune-no-cudagraphs"]
+    + ["cudagraphs", "cudagraphs partly", "aot_eager"],
 )
 def test_components_compiled_with_cuda_graphs(how: str, cuda: FakeCuda, enable: Any, sim: Any) -> None:
     """Not run: there are no CUDA graphs here. What is asked of an entry is whether its units have addresses for life."""
@@ -438,6 +440,8 @@ def test_components_compiled_with_cuda_graphs(how: str, cuda: FakeCuda, enable: 
         pipe.transformer.compile_repeated_blocks(**graphs)
     elif how in ("cudagraphs", "aot_eager"):
         part.compile(backend=how)
+    elif how.startswith("max-autotune"):
+        part.compile(mode=how)
     elif how == "cudagraphs partly":
         pipe.transformer.transformer_blocks[1].compile(backend=functools.partial(lookup_backend("cudagraphs")))
     else:
@@ -454,7 +458,7 @@ def test_components_compiled_with_cuda_graphs(how: str, cuda: FakeCuda, enable: 
     finally:
         torch._dynamo.config.disable = False
     component = hook.component
-    assert component.stable is component.graphs is (how not in ("default", "aot_eager"))
+    assert component.stable is component.graphs is (how not in ("default", "aot_eager", "max-autotune-no-cudagraphs"))
     assert all((u.addresses is not None) is component.stable for u in component.units)
     assert not any(c.stable for c in offload._session.client.components.values() if c is not component)
     offload.disable()
