@@ -69,6 +69,10 @@ def test_addresses_are_equal_over_five_calls(share: float, cuda: FakeCuda, enabl
     budget = int(largest * share) + (14 << 20)
     offload = enable(pipe, budget=budget, stable_addresses=True, **UNITS)
     seen = pointers(pipe)
+    taken: list[int] = []  # by the driver's count and the device's own, before each module runs
+    for part in (m for m in pipe.components.values() if isinstance(m, torch.nn.Module)):
+        for module in part.modules():
+            module.register_forward_pre_hook(lambda *_: taken.append(cuda.used + sim.counters()["allocated"]))
     first: dict[str, dict[str, int]] = {}
     loads = 0
     for call in range(5):
@@ -77,7 +81,7 @@ def test_addresses_are_equal_over_five_calls(share: float, cuda: FakeCuda, enabl
             first = {name: dict(where) for name, where in seen.items()}
             loads = cuda.names().count("cuMemMap")
         assert seen == first
-        assert offload.stats.peak_nbytes <= budget
+        assert max(taken) <= offload.stats.peak_nbytes <= budget
         assert cuda.peak <= budget
     assert set(seen) == {"text_encoder", "text_encoder_2", "unet", "vae"}
     assert cuda.names().count("cuMemMap") > 1.5 * loads, "they leave in between"
