@@ -287,7 +287,7 @@ class Offload:
                     self._session.client.order.forget(hook.component.key)
                     self._engine.evict([hook.component])
                 self._unhook(before)
-        if inner is None or adapter.left_out(pipe, name):
+        if inner is None or name in pipe._exclude_from_cpu_offload:
             if gone:
                 _stand_in(pipe, old, None)
             return
