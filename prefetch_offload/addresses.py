@@ -107,7 +107,7 @@ class Arena(Addresses):
         super().__init__(lanes)
         self._homes: dict[str, tuple[torch.Tensor, torch.Stream]] = {}  # by unit: its bytes, the stream they are ordered by
         self._there: set[str] = set()
-        self._left: dict[str, torch.Event] = {}  # by unit: after its last reader
+        self._left: dict[str, torch.Event] = {}  # by unit: after the last reader of its memory
 
     def rounded(self, nbytes: int) -> int:
         return -(-nbytes // 512) * 512  # the caching allocator's grain
@@ -123,7 +123,10 @@ class Arena(Addresses):
             return
         with torch.inference_mode(False):
             made = torch.empty(unit.slab.nbytes, dtype=torch.uint8, device=self.lanes.device)
-        self._homes[unit.key] = made, self.lanes.compute()
+        compute = self.lanes.compute()
+        self._homes[unit.key] = made, compute
+        # The stream may still read what lay there; and the unit may be loaded from another one, which knows nothing of it.
+        self._left[unit.key] = self.lanes.record(compute)
         self._count()
 
     def placed(self, unit: SlabUnit) -> bool:

@@ -91,7 +91,7 @@ def apply(pipe: DiffusionPipeline, gpu_id: int | None, device: torch.device | st
     for name, module in pipe.components.items():
         if isinstance(module, nn.Module) and not adapter.is_sequential(module):
             check_tensors(name, module)
-        if name not in pipe._exclude_from_cpu_offload:
+        if not adapter.left_out(pipe, name):
             refuse(name, module)
             if isinstance(module, nn.Module):
                 check_transport(name, module, settings)
@@ -163,7 +163,7 @@ def check_budget(pipe: DiffusionPipeline, settings: Settings) -> None:
     if not isinstance(budget, int):
         return
     modules = {n: m for n, m in pipe.components.items() if isinstance(m, nn.Module)}
-    sizes = {n: smallest_nbytes(m, settings) for n, m in modules.items() if n not in pipe._exclude_from_cpu_offload}
+    sizes = {n: smallest_nbytes(m, settings) for n, m in modules.items() if not adapter.left_out(pipe, n)}
     largest = max(sizes, key=sizes.__getitem__, default=None)
     if largest is not None and sizes[largest] > budget:
         raise BudgetError(
@@ -182,7 +182,7 @@ def check_addresses(pipe: DiffusionPipeline, settings: Settings, device: torch.d
     where = torch.device(device) if device is not None else torch.accelerator.current_accelerator()
     if where is None or settings.budget is None or virtual.driver_for(where) is not None:
         return
-    modules = [m for n, m in pipe.components.items() if n not in pipe._exclude_from_cpu_offload and isinstance(m, nn.Module)]
+    modules = [m for n, m in pipe.components.items() if isinstance(m, nn.Module) and not adapter.left_out(pipe, n)]
     nbytes = sum(component_nbytes(m) for m in modules)
     if settings.budget == "stock" or nbytes > settings.budget:
         raise BudgetError(

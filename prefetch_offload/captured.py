@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
 # An AOTInductor package once loaded; its home has moved between versions of PyTorch.
 _PACKAGES = ("AOTICompiledModel", "AOTIModelPackageLoader", "AOTIModelContainerRunner")
+# What diffusers leaves alone; see `adapter.pipeline.left_out`.
+_LEAVE_OUT = (
+    "let the component stay on the device: before enabling, name it in `pipe._exclude_from_cpu_offload` and take it out of "
+    "`pipe.model_cpu_offload_seq`, whose components are offloaded even if they are excluded"
+)
 
 
 def refuse(name: str, part: Any) -> None:
@@ -69,7 +74,7 @@ def _package(where: str) -> str:
     return (
         f"{where} is an AOTInductor package, which holds weights of its own on the device: there is nothing to offload, and "
         "what the pipeline's weights are changed to has no effect. Use torch.compile or compile_repeated_blocks() instead, or "
-        "name the component in `pipe._exclude_from_cpu_offload` before enabling, so that it stays on the device."
+        f"{_LEAVE_OUT}."
     )
 
 
@@ -123,7 +128,7 @@ def _refuse_frozen_call(name: str, call: Any) -> None:
             f"{name} is compiled by Inductor with freezing, which folds the weights that it finds on the device into the "
             "graph: offloaded weights would be ignored from then on, and their memory never given back. Set "
             "torch._inductor.config.freezing = False (TORCHINDUCTOR_FREEZING=0, or no 'freezing' in the options of "
-            "torch.compile) and compile again, or leave the component out with `pipe._exclude_from_cpu_offload`."
+            f"torch.compile) and compile again, or {_LEAVE_OUT}."
         )
 
 

@@ -175,9 +175,9 @@ class CompileWatch:
         if self._started:
             with self._lock:
                 # What the program compiled meanwhile is none of ours, and it may have cleared the tables.
-                if not self._running and (self._count_of("frames", "total"), self._count_of("stats", "unique_graphs")) != (
-                    self._frames,
-                    self._graphs,
+                if not self._running and (
+                    self._count_of("frames", "total") != self._frames
+                    or self._count_of("stats", "unique_graphs") != self._graphs
                 ):
                     self._rebase()
                 self._running += 1
@@ -222,7 +222,8 @@ class CompileWatch:
             return []
         known, seen = self._reasons.get(code, (None, 0))
         self._reasons[code] = reasons, len(reasons)
-        return [str(r) for r in (reasons[seen:] if known is reasons else reasons)]
+        # Each on one line: some come with the source of a guard, or with a stack.
+        return [" ".join(str(r).split()) for r in (reasons[seen:] if known is reasons else reasons)]
 
     def _compiled(self, code: CodeType, new: CodeType) -> None:
         """Dynamo's hook: a frame has been compiled. It must not raise, which would spoil the compilation."""
@@ -290,16 +291,54 @@ def compiled_code(call: Any) -> Any:
     return call.args[0].__dict__.get("forward") if isinstance(call, functools.partial) else call
 
 
+# Where Dynamo keeps what it wraps: a call's context is in its closure, and each wrapper of the backend names the next.
+_WRAPPED = ("callback", "_torchdynamo_orig_backend", "_torchdynamo_orig_callable", "compiler_fn", "func", "__self__")
+_RECORDS = "torch._dynamo.backends.cudagraphs"
+
+
+def records_graphs(call: Any) -> bool:
+    """A call was compiled by the backend that records CUDA graphs without Inductor (``backend="cudagraphs"``)."""
+    call = getattr(call, "point_of", call)
+    if _RECORDS not in sys.modules or not hasattr(call, "_torchdynamo_orig_callable"):
+        return False
+    cells = getattr(call, "__closure__", None) or ()
+    stack = [v for c in cells if type(v := _content(c)).__module__.startswith("torch._dynamo")]
+    seen: dict[int, Any] = {}
+    while stack and len(seen) < 64:
+        each = stack.pop()
+        if id(each) in seen or isinstance(each, nn.Module):
+            continue
+        seen[id(each)] = each
+        if _RECORDS in (getattr(each, "__module__", ""), type(each).__module__):
+            return True
+        stack += [found for name in _WRAPPED if (found := getattr(each, name, None)) is not None]
+    return False
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # empty
+        return None
+
+
 def uses_cuda_graphs(module: nn.Module, call: Any) -> bool:
-    """Whether `module`, or some of it, is compiled by Inductor with CUDA graphs: ``mode="reduce-overhead"``, say.
+    """Whether `module`, or some of it, is compiled with CUDA graphs: ``mode="reduce-overhead"``, say.
 
     Args:
         call: what is about to run, if that is compiled code around all of the module.
     """
-    if "torch._inductor.config" not in sys.modules:
+    if not may_be_compiled():
         return False
     calls = [call, *(part.__dict__.get(key) for part in module.modules() for key in _COMPILED)]
-    return any((inductor_settings(each) or {}).get("triton.cudagraphs") for each in calls if each is not None)
+    return any(
+        (inductor_settings(each) or {}).get("triton.cudagraphs") or records_graphs(each) for each in calls if each is not None
+    )
+
+
+def may_be_compiled() -> bool:
+    """Something may have been compiled with CUDA graphs in this process."""
+    return "torch._inductor.config" in sys.modules or _RECORDS in sys.modules
 
 
 watch = CompileWatch()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from torch import nn
 from .adoption import build_units
 from .casting import keep_twins
 from .codecs import codec_for
-from .compiling import uses_cuda_graphs
+from .compiling import may_be_compiled, uses_cuda_graphs
 from .config import Settings
 from .host import Pins
 from .masters import CarriedUnit, Master, SlabUnit, Unit, modules_of, tensors_of, version_of
@@ -231,6 +230,7 @@ class Component:
         # by the tensors there are now: taking them in may have replaced an inference tensor
         self._masters = {id(m.tensor): m for m in seen.values()}
         for unit in self.units:
+            unit.places = None
             for master in unit.masters:
                 master.unit = unit
         self._slots = slots
@@ -267,8 +267,8 @@ class Component:
         return True
 
     def compiled_now(self) -> frozenset[int]:
-        """Identities of the modules with compiled calls, as far as Inductor may be behind them."""
-        return traced(self._modules) if "torch._inductor.config" in sys.modules else frozenset()
+        """Identities of the modules with compiled calls, as far as Inductor or CUDA graphs may be behind them."""
+        return traced(self._modules) if may_be_compiled() else frozenset()
 
     def look_for_graphs(self, call: Any, compiled: frozenset[int]) -> None:
         """Find out whether it is compiled with CUDA graphs, if what is compiled of it has changed.
@@ -354,7 +354,10 @@ class Component:
         """Units whose master was written in place since it was last looked at; looks at them."""
         found = []
         for unit in self.units:
-            written = [m for m in unit.masters if version_of(m.tensor) != m.version]
+            try:
+                written = [m for m in unit.masters if m.tensor._version != m.version]
+            except RuntimeError:  # inference tensors have none
+                written = [m for m in unit.masters if version_of(m.tensor) != m.version]
             for master in written:
                 master.look()
             if written:
@@ -366,7 +369,6 @@ class Component:
         """Let the modules show the twins of units whose copy the caller's stream has waited for, and else the masters."""
         self.bound = True
         for unit in self.units:
-            unit.places = None
             if awaited(unit):
                 self._show(unit)
         self._after_swap()
@@ -379,15 +381,18 @@ class Component:
             self._after_swap()
 
     def _show(self, unit: Unit) -> None:
-        # Looked up once a run: looking at tensors for every use of a streamed unit costs more than showing them.
+        # Looked up once: looking at tensors for every use of a streamed unit costs more than showing them.
         if unit.places is None:
-            unit.places = []
+            unit.places, unit.checked = [], False
             for master in unit.masters:
                 tensor, twin = master.tensor, master.twin
                 assert twin is not None, f"{self.key}: {master.name} has no twin"
+                unit.places += [(entries, key, tensor, twin, master.twin_version) for entries, key in master.slots]
+        if not unit.checked:  # since it was bound
+            unit.checked = True
+            for _, _, tensor, twin, _ in unit.places:
                 if twin.requires_grad is not tensor.requires_grad:
                     twin.requires_grad_(tensor.requires_grad)
-                unit.places += [(entries, key, tensor, twin, master.twin_version) for entries, key in master.slots]
         unit.shown = True
         for entries, key, tensor, twin, _ in unit.places:
             if entries.get(key) is tensor:
@@ -456,7 +461,7 @@ class Component:
 
     def _hide(self) -> None:
         for unit in self.units:
-            unit.shown, unit.places = False, None
+            unit.shown = unit.checked = False
 
     @property
     def shown(self) -> bool:
@@ -528,6 +533,8 @@ class Component:
                     if moved:
                         moved_away.add(id(master))
                         master.twin = master.twin_data = None  # no longer a view into its unit: made anew when next needed
+                        if master.unit is not None:
+                            master.unit.places = None
         self._slots = slots
         self._n_entries = -1  # whatever was replaced is taken in at the next entry
         for unit in self.units:

@@ -123,12 +123,19 @@ class Lanes:
         if self._checker is not None:
             self._feed(Op(kind, stream.stream_id, buffer))
 
-    def note_host(self, kind: OpKind, buffer: str) -> None:
-        """The same of the host thread, behind whose accesses everything is enqueued later on."""
+    def note_host(self, kind: OpKind, buffer: str) -> bool:
+        """The same of the host thread, behind whose accesses everything is enqueued later on. Returns whether the buffer is
+        there now."""
         if self._checker is not None:
             self._feed(Op(kind, _HOST, buffer))
             self._feed(Op("record", _HOST, event=_ENQUEUED))
             self._feed(Op("wait", self.copy.stream_id, event=_ENQUEUED))
+        return kind != "free"
+
+    def forget(self, buffer: str) -> None:
+        """It is somebody else's from here on; the name may be given again."""
+        if self._checker is not None:
+            self._checker.forget_buffer(buffer)
 
     def _note_event(self, kind: OpKind, stream: torch.Stream, event: torch.Event, why: str = "") -> None:
         if self._checker is not None:
@@ -185,6 +192,9 @@ class Lanes:
 
     def generator_state(self) -> torch.Tensor | None:
         """State of the device's default generator, where the backend shows it."""
+        generators = getattr(self.module, "default_generators", None)
+        if generators:  # what `get_rng_state` comes to, without finding the device first: it is asked for in every call
+            return generators[self.device.index].get_state()  # type: ignore[no-any-return]
         get = getattr(self.module, "get_rng_state", None)
         return get(self.device) if get is not None else None
 

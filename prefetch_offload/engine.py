@@ -59,7 +59,7 @@ class Engine(Moves):
             and component.bound
             and component.shown
             and self.current.get(threading.get_ident()) == component.key
-            and torch.accelerator.current_stream(self.device).stream_id == component.stream_id
+            and self.lanes.compute().stream_id == component.stream_id
             and component.key in self._client(component).entered
         )
 

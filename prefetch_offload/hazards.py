@@ -147,6 +147,11 @@ class HazardChecker:
         """Drop what is kept for a destroyed event. Waiting for this number is a hazard until it is recorded anew."""
         self._events.pop(event, None)
 
+    def forget_buffer(self, buffer: str) -> None:
+        """Drop what is kept for a buffer that lives on unwatched. Its name is as if it had never been used."""
+        self._buffers.pop(buffer, None)
+        self._freed.pop(buffer, None)
+
     def _clock(self, stream: int) -> Clock:
         """What the stream's next operation is ordered after, its own earlier ones included. Callers may mutate it."""
         clock = self._known.setdefault(stream, {})

@@ -122,6 +122,8 @@ class Master:
             else:
                 tensor.data = self.home
         self.twin = self.twin_data = None
+        if self.unit is not None:
+            self.unit.places = None
         self.look()
 
     def put(self, value: torch.Tensor) -> None:
@@ -141,6 +143,8 @@ class Master:
             self.tensor.data = data
         else:
             self.tensor = self.wrap(data)
+            if self.unit is not None:
+                self.unit.places = None
         if self.unit is not None:
             self.unit.changed()
 
@@ -160,6 +164,7 @@ class Unit:
         shown: its component's modules show its twins.
         places: (dictionary, key, master's tensor, twin, its `twin_version`) of every place that shows one of them; None: to
             be looked up.
+        checked: since its component was last bound, the twins are known to require gradients where the masters do.
     """
 
     prefetchable = False
@@ -169,7 +174,7 @@ class Unit:
         self.key, self.nbytes, self.payload_nbytes, self.masters = key, nbytes, payload_nbytes, masters
         self.copied: torch.Event | None = None
         self.fresh = False
-        self.shown = False
+        self.shown = self.checked = False
         self.places: list[tuple[dict[str, Any], str, torch.Tensor, torch.Tensor, int]] | None = None
 
     @property
@@ -395,6 +400,8 @@ def modules_of(module: nn.Module) -> list[nn.Module]:
     while stack:
         current = stack.pop()
         found.append(current)
+        if not current._modules:
+            continue
         for child in reversed(current._modules.values()):
             if child is not None and id(child) not in seen:
                 seen.add(id(child))

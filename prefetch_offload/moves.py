@@ -270,7 +270,7 @@ class Moves(Holdings):
         if component is None or not client.memory.knows(shape):
             return sys.maxsize
         share = client.shares.get(key)
-        own = component.nbytes if share is None else share.limit_nbytes
+        own = component.nbytes if share is None or component.fixed else share.limit_nbytes
         cap = client.memory.cap(shape, component.nbytes, client.available or self.available(client), 0)
         return cap - self._idle_beside(component) - own
 

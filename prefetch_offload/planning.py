@@ -58,7 +58,11 @@ def try_out(engine: Engine, client: Client) -> list[Component]:
 
 
 def load_of(component: Component, activation_nbytes: int) -> ComponentLoad:
-    """The component as a planner sees it: the units' measured shares of the time that a pass takes."""
+    """The component as a planner sees it: the units' measured shares of the time that a pass takes.
+
+    Where it takes memory for good, that counts with what is left to activations, beside whatever runs: no unit of it takes
+    or gives any.
+    """
     nbytes = {u.key: u.nbytes for u in component.units}
     measured = sum(component.unit_ms.values())
     if measured > 0:
@@ -67,6 +71,8 @@ def load_of(component: Component, activation_nbytes: int) -> ComponentLoad:
     else:
         total = sum(nbytes.values()) or 1
         compute = {u: component.pass_ms * nbytes[u] / total for u in component.order}
+    if component.fixed:
+        nbytes = dict.fromkeys(nbytes, 0)
     return ComponentLoad(
         units=component.order,
         nbytes=nbytes,
@@ -80,8 +86,10 @@ def load_of(component: Component, activation_nbytes: int) -> ComponentLoad:
     )
 
 
-def workload_of(client: Client) -> Workload | None:
+def workload_of(engine: Engine, client: Client) -> Workload | None:
     """The call that is expected next; None while there is none that has been measured."""
+    addresses = engine.addresses
+    fixed = addresses.pool_nbytes if addresses is not None and addresses.permanent else 0
     order = client.order
     if not order.passes:
         return None
@@ -90,7 +98,7 @@ def workload_of(client: Client) -> Workload | None:
         component, shape = client.components.get(key), client.shapes.get(key)
         if component is None or not component.units or not client.memory.knows(shape):
             return None
-        loads[key] = load_of(component, set_aside(client, shape))
+        loads[key] = load_of(component, set_aside(client, shape) + fixed)
     runs = tuple((key, order.scaled(i)) for i, key in enumerate(order.expected))
     return Workload(loads, runs)
 
@@ -120,7 +128,7 @@ def replan(engine: Engine, client: Client) -> None:
     measured = client.calls <= EARLY or client.calls % _OFTEN == 0
     if measured:
         measure(engine, client)
-    workload, budget = workload_of(client), budget_of(engine, client)
+    workload, budget = workload_of(engine, client), budget_of(engine, client)
     if workload is None or budget is None:
         return
     if client.memory.alone or client.memory.tight:

@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 
 from prefetch_offload import OffloadWarning, RecompileError, UnsupportedError
 from prefetch_offload.adapter.hooks import CpuOffload
-from prefetch_offload.compiling import signature, watch
+from prefetch_offload.compiling import CompileWatch, signature, watch
 from prefetch_offload.testing.pipelines import scaled
 
 Options = dict[str, Any]
@@ -168,10 +168,34 @@ def test_dynamic_shapes_and_another_size(dynamo: None, enable: Any) -> None:
         offload.disable()
         enable(pipe, strict_compile=True)
         draw(pipe, 2)
-        with pytest.raises(RecompileError, match=r"vae was compiled again.*size mismatch at index 2.*actual 32"):
+        with pytest.raises(RecompileError, match=r"vae was compiled again.*:\n  decode.*size mismatch at index 2.*actual 32"):
             draw(pipe, 2, height=64, width=64)
         assert draw(pipe, 2, height=64, width=64), "it has been compiled by then"
         assert held
+
+
+def test_each_reason_is_one_line(dynamo: None, enable: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the figures, in the report and in the error, however PyTorch lays them out."""
+    pipe = SMALL["sd"].build()
+    offload = enable(pipe, strict_compile=True)
+    pipe.vae.decode = torch.compile(pipe.vae.decode, backend="eager", fullgraph=True)
+    draw(pipe, 2)
+    failures, told = watch._failures, "0/0: ___check(L['z'])  # in decode\n    user stack:\n      File one\n"
+    new = CompileWatch._new_reasons
+
+    def wordy(self: CompileWatch, code: Any) -> list[str]:
+        if failures.get(code):
+            failures[code][-1] = told
+        return new(self, code)
+
+    monkeypatch.setattr(CompileWatch, "_new_reasons", wordy)
+    with pytest.raises(RecompileError) as error:
+        draw(pipe, 2, height=48, width=48)
+    line = "0/0: ___check(L['z']) # in decode user stack: File one"
+    assert len(str(error.value).splitlines()) == 2 and str(error.value).endswith(line)
+    (vae,) = (c for c in offload.stats.components if c.name == "vae")
+    assert [r.split("): ")[1] for r in vae.recompiles] == [line]
+    assert [text for text in offload.report().splitlines() if line in text] == [f"  recompiled: {vae.recompiles[0]}"]
 
 
 def test_another_dtype_is_reported_with_the_parameter_and_the_guard(dynamo: None, enable: Any) -> None:
@@ -209,7 +233,7 @@ def test_breaks_are_counted_and_strict(dynamo: None, enable: Any) -> None:
     torch._dynamo.reset()
     offload.disable()
     enable(pipe, strict_compile=True)
-    with pytest.raises(RecompileError, match=r"vae was compiled again, or in pieces.*graph break"):
+    with pytest.raises(RecompileError, match=r"vae was compiled again, or in pieces.*:\n  .*graph break"):
         draw(pipe, 2)
     del pipe.vae.post_quant_conv.forward
 
@@ -320,6 +344,31 @@ def test_what_has_captured_its_weights_is_refused(enable: Any, sim: Any) -> None
     pipe.unet.forward = AOTICompiledModel()
     with pytest.raises(UnsupportedError, match="unet is an AOTInductor package"):
         draw(pipe, 2)
+
+
+def test_a_package_can_stay_on_the_device(enable: Any, sim: Any) -> None:
+    """As the error says: excluded and out of the sequence. Excluded only, it would be hooked all the same, and is refused."""
+    expected = draw(SMALL["sd"].build().to(DEVICE), 2)
+
+    class AOTICompiledModel:
+        def __init__(self, module: Any) -> None:
+            self.run = type(module).forward.__get__(module)  # its own weights, for want of a compiler
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return self.run(*args, **kwargs)
+
+    AOTICompiledModel.__module__ = "torch.export.pt2_archive._package"
+    pipe = SMALL["sd"].build()
+    pipe.unet.forward = AOTICompiledModel(pipe.unet)
+    pipe._exclude_from_cpu_offload = [*pipe._exclude_from_cpu_offload, "unet"]
+    advice = r"_exclude_from_cpu_offload` and take it out of `pipe.model_cpu_offload_seq`"
+    with pytest.raises(UnsupportedError, match=rf"unet is an AOTInductor package.*{advice}"):
+        enable(pipe)
+    pipe.model_cpu_offload_seq = "text_encoder->vae"
+    enable(pipe)
+    assert pipe.unet.device.type == DEVICE and pipe.vae.device.type == "cpu"
+    assert draw(pipe, 2) == expected
+    assert pipe.unet.device.type == DEVICE and not hasattr(pipe.unet, "_hf_hook")
 
 
 def test_without_dynamos_tables_nothing_is_counted(enable: Any, monkeypatch: pytest.MonkeyPatch) -> None:

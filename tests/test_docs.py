@@ -21,8 +21,8 @@ FEWEST_WORDS = 3  # a message with fewer fixed words cannot be told from others,
 
 # Keywords of other packages that the pages use in calls; everything else has to be a setting or an argument of ours.
 FOREIGN = {
-    "dynamic", "fullgraph", "hotswap", "low_cpu_mem_usage", "mode", "non_blocking", "options", "record_stream", "safe_fusing",
-    "use_stream",
+    "backend", "dynamic", "fullgraph", "hotswap", "low_cpu_mem_usage", "mode", "non_blocking", "options", "record_stream",
+    "safe_fusing", "use_stream",
 }  # fmt: skip
 
 

@@ -208,16 +208,29 @@ def test_compiled_while_bound(sim: Any, enable: Any) -> None:
             assert same(pipe.first(X.to(DEVICE)).cpu(), expected)
 
 
-def test_compiled_as_one_graph_it_is_refused_with_the_way_out(sim: Any, enable: Any) -> None:
-    net = Net()
+@pytest.mark.parametrize("way", ["in place", "assigned", "its forward"])
+def test_compiled_as_one_graph_it_is_refused_with_the_way_out(way: str, dynamo: None, sim: Any, enable: Any) -> None:
+    """Never run wrong, never silently eager: nothing of it runs before there is room for all of it."""
+    net, ran = Net(), []
     expected = truth(net)
+
+    def counted(module: Any, inputs: Any) -> Any:
+        return lambda *args: (ran.append(1), module.forward(*args))[1]
+
     pipe = Pipeline(net)
     offload = enable(pipe, budget=room(0.4), **UNITS)
-    pipe.first.compile(backend="eager")
+    options: dict[str, Any] = {"backend": counted, "fullgraph": True}
+    if way == "in place":
+        pipe.first.compile(**options)
+    elif way == "assigned":
+        pipe.first = torch.compile(pipe.first, **options)
+    else:
+        pipe.first.forward = torch.compile(pipe.first.forward, **options)
     with pytest.raises(BudgetError, match=r"compiled as one graph.*compile_repeated_blocks"):
         often(pipe)
+    assert not ran
     offload.budget = room(1.2)
-    assert same(pipe(), expected)
+    assert same(pipe(), expected) and ran
 
 
 @pytest.mark.parametrize("share", [None, 0.4])

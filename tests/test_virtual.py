@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import DEVICE, assert_same, images_of, resident, settle, weight_nbytes
+from torch._dynamo.backends.registry import lookup_backend
 from virtual_memory import GRAIN, FakeCuda
 
 import prefetch_offload
 from prefetch_offload import BudgetError, OffloadError, OffloadWarning, virtual
-from prefetch_offload.device import Lanes
+from prefetch_offload.addresses import Arena
+from prefetch_offload.device import COPY_AFTER_ALLOCATION, Lanes
 from prefetch_offload.simulator import Link, Workload
 from prefetch_offload.strategy import balanced
 from prefetch_offload.testing.pipelines import CASES, scaled
@@ -65,6 +69,10 @@ def test_addresses_are_equal_over_five_calls(share: float, cuda: FakeCuda, enabl
     budget = int(largest * share) + (14 << 20)
     offload = enable(pipe, budget=budget, stable_addresses=True, **UNITS)
     seen = pointers(pipe)
+    taken: list[int] = []  # by the driver's count and the device's own, before each module runs
+    for part in (m for m in pipe.components.values() if isinstance(m, torch.nn.Module)):
+        for module in part.modules():
+            module.register_forward_pre_hook(lambda *_: taken.append(cuda.used + sim.counters()["allocated"]))
     first: dict[str, dict[str, int]] = {}
     loads = 0
     for call in range(5):
@@ -73,7 +81,7 @@ def test_addresses_are_equal_over_five_calls(share: float, cuda: FakeCuda, enabl
             first = {name: dict(where) for name, where in seen.items()}
             loads = cuda.names().count("cuMemMap")
         assert seen == first
-        assert offload.stats.peak_nbytes <= budget
+        assert max(taken) <= offload.stats.peak_nbytes <= budget
         assert cuda.peak <= budget
     assert set(seen) == {"text_encoder", "text_encoder_2", "unet", "vae"}
     assert cuda.names().count("cuMemMap") > 1.5 * loads, "they leave in between"
@@ -343,6 +351,54 @@ def test_an_arena_counts_in_the_budget(enable: Any, sim: Any) -> None:
     assert offload.stats.resident_nbytes >= need, "nothing leaves: nothing would be gained"
 
 
+@pytest.mark.parametrize("first", [True, False], ids=["placed", "left"])
+def test_an_arenas_memory_waits_for_the_stream_that_used_it(first: bool, sim: Any) -> None:
+    """It is given out in the order of one stream, maybe still at work on what lay there, and written for another."""
+    sim.op_delay_us(2000)
+    lanes = Lanes(torch.device(DEVICE, 0), verify=True)
+    arena, unit = Arena(lanes), SimpleNamespace(key="unit", slab=SimpleNamespace(nbytes=1 << 16))
+    with torch.Stream(device=DEVICE):
+        before = torch.ones(1 << 16, dtype=torch.uint8, device=DEVICE)
+        copy = before.clone()
+        if first:
+            del before
+            arena.place(unit)
+        else:
+            shown = arena.map(unit)
+            copy.add_(shown)
+            arena.unmap(unit, lanes.record(lanes.compute()))
+    shown = arena.map(unit)
+    lanes.wait(lanes.copy, lanes.record(lanes.compute()), COPY_AFTER_ALLOCATION)
+    with lanes.copy:
+        shown.fill_(7)
+    torch.accelerator.synchronize()
+    assert sim.hazards() == []
+
+
+def test_an_arena_of_one_component_counts_beside_the_others(enable: Any, sim: Any) -> None:
+    """Plans are made for what the arena leaves, so that they can be followed; what is taken is never above the budget."""
+    pipe = CASES["flux"].build()
+    sizes = {n: sum(p.nbytes for p in m.parameters()) for n, m in pipe.components.items() if isinstance(m, torch.nn.Module)}
+    budget = sizes["transformer"] + sizes["text_encoder_2"] // 2 + (1 << 20)
+    resident("flux", torch.float32)
+    settle(sim)
+    sim.reset()
+    offload = enable(pipe, budget=budget, **UNITS)
+    pipe.transformer._hf_hook.component.graphs = True  # as if it were compiled with CUDA graphs
+    engine, client = offload._engine, offload._session.client
+    for seed in range(3):
+        assert_same([np.asarray(CASES["flux"].call(pipe, seed=seed))], [resident("flux", torch.float32)[seed]])
+        assert sim.counters()["peak"] <= budget, "by the device's own count"
+        assert offload.stats.peak_nbytes <= budget
+    assert pipe.transformer._hf_hook.component.fixed and engine.addresses.pool_nbytes >= sizes["transformer"]
+    for key, component in client.components.items():
+        share = client.plan.shares.get(key)
+        limit = component.nbytes if share is None else share.limit_nbytes
+        left = budget - engine.addresses.pool_nbytes - client.memory.set_aside(client.shapes[key])
+        assert component.fixed or limit <= left, f"{key} is promised what the arena has"
+    assert offload.plan.streamed["vae"] > 0
+
+
 def test_two_pipelines_share_what_an_arena_leaves(enable: Any, sim: Any) -> None:
     """What one pipeline's arena takes is not there for the other's weights."""
     first, second = CASES["sd"].build(), CASES["flux"].build()
@@ -367,7 +423,11 @@ def test_turned_off_and_on_again(cuda: FakeCuda, enable: Any) -> None:
 
 # --------------------------------------------------------------------------------------------------- found out by itself
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Inductor's import
-@pytest.mark.parametrize("how", ["in place", "assigned", "decode", "blocks", "options", "default"])
+@pytest.mark.parametrize(
+    "how",
+    ["in place", "assigned", "decode", "blocks", "options", "default", "max-autotune", "max-autotune-no-cudagraphs"]
+    + ["cudagraphs", "cudagraphs partly", "aot_eager"],
+)
 def test_components_compiled_with_cuda_graphs(how: str, cuda: FakeCuda, enable: Any, sim: Any) -> None:
     """Not run: there are no CUDA graphs here. What is asked of an entry is whether its units have addresses for life."""
     import torch._inductor.config
@@ -382,14 +442,18 @@ def test_components_compiled_with_cuda_graphs(how: str, cuda: FakeCuda, enable: 
         pipe.vae.decode = torch.compile(pipe.vae.decode, **graphs)
     elif how == "blocks":
         pipe.transformer.compile_repeated_blocks(**graphs)
+    elif how in ("cudagraphs", "aot_eager"):
+        part.compile(backend=how)
+    elif how.startswith("max-autotune"):
+        part.compile(mode=how)
+    elif how == "cudagraphs partly":
+        pipe.transformer.transformer_blocks[1].compile(backend=functools.partial(lookup_backend("cudagraphs")))
     else:
         part.compile(**({} if how == "default" else graphs))
     hook, torch._dynamo.config.disable = part._hf_hook, True
     try:
         if how == "assigned":
             call = type(pipe.transformer)._prefetch_base.__call__
-            import functools
-
             hook._enter(part, (), {}, True, True, functools.partial(call, pipe.transformer))
         elif how == "decode":
             hook._enter(part, (), {}, True, True, part.__dict__["decode"])
@@ -398,7 +462,7 @@ def test_components_compiled_with_cuda_graphs(how: str, cuda: FakeCuda, enable: 
     finally:
         torch._dynamo.config.disable = False
     component = hook.component
-    assert component.stable is component.graphs is (how != "default")
+    assert component.stable is component.graphs is (how not in ("default", "aot_eager", "max-autotune-no-cudagraphs"))
     assert all((u.addresses is not None) is component.stable for u in component.units)
     assert not any(c.stable for c in offload._session.client.components.values() if c is not component)
     offload.disable()

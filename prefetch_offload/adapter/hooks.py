@@ -58,7 +58,7 @@ def _through(component: Component, call: Callable[..., Any], args: tuple[Any, ..
         again = watch.end(before)
     if again and component.client.settings.strict_compile:
         raise RecompileError(
-            f"{component.name} was compiled again, or in pieces, and strict_compile=True: " + "; ".join(again)
+            f"{component.name} was compiled again, or in pieces, and strict_compile=True:" + "".join(f"\n  {r}" for r in again)
         )
     return result
 
@@ -140,7 +140,7 @@ class CpuOffload(accelerate.hooks.CpuOffload):
             component = self.component
         assert component is not None and self.session is not None
         engine = self.session.engine
-        if engine.is_current(component) and not (whole and component.stream is not None):
+        if self._is_ready(component, self.session, whole):
             return args, kwargs
         code, compiled = compiled_code(call) if whole else None, component.compiled_now()
         refuse_compiled(component, code, compiled)
@@ -151,6 +151,11 @@ class CpuOffload(accelerate.hooks.CpuOffload):
         engine.enter(component, shape_of(module, args, kwargs), previous, called, whole)
         device = self.execution_device
         return send_to_device(args, device), send_to_device(kwargs, device)
+
+    @staticmethod
+    def _is_ready(component: Component, session: Session, whole: bool) -> bool:
+        """There is nothing to enter."""
+        return session.engine.is_current(component) and not (whole and component.stream is not None)
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         return output
@@ -183,8 +188,8 @@ class CpuOffload(accelerate.hooks.CpuOffload):
 
         One thread at a time runs a component: while units come and go, there is one window.
         """
-        component, thread = self.component, threading.get_ident()
-        if component is not None and thread not in component.threads:
+        component = self.component
+        if component is not None and threading.get_ident() not in component.threads:
             with component.turn:
                 return self._run(module, call, args, kwargs, whole)
         return self._run(module, call, args, kwargs, whole)
@@ -192,15 +197,19 @@ class CpuOffload(accelerate.hooks.CpuOffload):
     def _run(
         self, module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], whole: bool
     ) -> Any:
-        args, kwargs = self._enter(module, args, kwargs, called=True, whole=whole, call=call)
         component, session, thread = self.component, self.session, threading.get_ident()
+        # Most calls are a denoiser's second and later steps, which have nothing to enter.
+        if component is None or session is None or not self._is_ready(component, session, whole):
+            args, kwargs = self._enter(module, args, kwargs, called=True, whole=whole, call=call)
+            component, session = self.component, self.session
         if component is None or session is None or thread in component.threads:  # the latter: forward, within its __call__
             return call(*args, **kwargs)
-        session.engine.pass_begins(component)
-        lanes = session.engine.lanes
-        if torch.is_grad_enabled():
-            session.engine.keep_memory(component)
-        retry = not component.running and _repeatable(args, kwargs) and not lanes.capturing()
+        engine = session.engine
+        engine.pass_begins(component)
+        lanes, grad = engine.lanes, torch.is_grad_enabled()
+        if grad:
+            engine.keep_memory(component)
+        retry = not grad and not component.running and _repeatable(args, kwargs) and not lanes.capturing()
         versions = [t._version for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)] if retry else []
         state = lanes.generator_state() if retry else None
         component.running += 1
@@ -214,7 +223,7 @@ class CpuOffload(accelerate.hooks.CpuOffload):
                 if versions != [t._version for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]:
                     raise  # its inputs are no longer what they were
             # Out of the handler, so that the failed forward's frames and their tensors are gone.
-            session.engine.out_of_memory(component)
+            engine.out_of_memory(component)
             lanes.set_generator_state(state)
             return _through(component, call, args, kwargs)
         finally:
@@ -237,13 +246,11 @@ _PLAIN = (torch.Tensor, str, bytes, int, float, complex, torch.dtype, torch.devi
 
 
 def _repeatable(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """A second forward with these arguments would be the same computation.
+    """A second forward with these arguments would be the same computation, if no gradients are recorded.
 
-    Not with gradients, whose graph the first has begun; not with objects that a forward may have changed, as a key-value
-    cache; and not with inference tensors, whose changes leave no mark.
+    Not with objects that a forward may have changed, as a key-value cache; and not with inference tensors, whose changes
+    leave no mark.
     """
-    if torch.is_grad_enabled():
-        return False
     stack: list[Any] = [*args, *kwargs.values()]
     while stack:
         value = stack.pop()

@@ -124,6 +124,11 @@ def is_sequential(module: nn.Module) -> bool:
     return any(getattr(getattr(m, "_hf_hook", None), "offload", False) for m in module.modules())
 
 
+def left_out(pipe: DiffusionPipeline, name: str) -> bool:
+    """diffusers moves the component to the device instead of hooking it: excluded, and not named by the sequence."""
+    return name in pipe._exclude_from_cpu_offload and name not in (pipe.model_cpu_offload_seq or "").split("->")
+
+
 def is_patching() -> bool:
     """This thread is inside `patched`."""
     return getattr(_patch, "active", False)
