@@ -106,8 +106,12 @@ def build_units(
     extents = [Extent(r.members[0].name, r.hi - r.lo) for r in ranges]
     units: list[Unit] = []
     for number, layout in enumerate(cut(extents, settings.unit_min, settings.unit_max)):
+        if codec is not None:
+            trim()  # a model's tensors come from the heap, which keeps what the last unit has left
         slab = Slab(align(layout.nbytes, 8))
-        members, offsets, pieces = [], [], []
+        members: list[Master] = []
+        offsets: list[int] = []
+        parts: list[tuple[int, int, list[Master]]] = []
         for placement in layout.placements:
             shared = ranges[placement.extent]
             _move(shared, slab, placement.offset)
@@ -115,14 +119,15 @@ def build_units(
                 assert master.home is not None
                 members.append(master)
                 offsets.append(master.home.data_ptr() - slab.bytes.data_ptr())
-            pieces.append(Piece.of(placement.offset, shared.hi - shared.lo, shared.members))
+            parts.append((placement.offset, shared.hi - shared.lo, shared.members))
         key = f"{prefix}/{number}:{layout.name}"
-        recipes = [codec.recipe(piece) for piece in pieces] if codec is not None else []
+        recipes = [codec.recipe(Piece.of(*part)) for part in parts] if codec is not None else []
         if codec is not None and any(recipes):
-            encoded = EncodedUnit(key, slab, members, pieces, codec, pins)
+            encoded = EncodedUnit(key, slab, members, parts, codec, pins)
             encoded.place(offsets)
             encoded.encode(recipes)
-            encoded.sample()
+            del recipes, slab  # which hold on to the memory that the file stands in for
+            encoded.put_away(settings.originals)
             units.append(encoded)
             continue
         pins_before = slab.bytes.data_ptr()

@@ -22,6 +22,7 @@ from .errors import BudgetError, SettingError, UnsupportedError
 from .handle import Offload
 from .holdings import Client, rehooking
 from .masters import component_nbytes
+from .originals import why_not
 
 
 def enable(
@@ -62,6 +63,7 @@ def enable(
             "`device` out to have it found, or do without offload."
         )
     check_names(pipe, made)
+    check_originals(made)
     return apply(pipe, gpu_id, device, made)
 
 
@@ -78,6 +80,23 @@ def check_names(pipe: DiffusionPipeline, settings: Settings) -> None:
                 f"transport names {name!r}, which a {type(pipe).__name__} does not have: its components are "
                 f"{', '.join(sorted(pipe.components))}; 'default' stands for all others."
             )
+
+
+def check_originals(settings: Settings) -> None:
+    """Refuse a directory in which originals cannot lie, if any weights are to travel encoded.
+
+    Raises:
+        SettingError: with why.
+    """
+    where = settings.originals
+    if where in ("file", "memory") or settings.transport == "raw":
+        return
+    why = why_not(where)
+    if why is not None:
+        raise SettingError(
+            f"originals={where!r}: {why}. Give a directory on a disk, 'file' to have one found, or 'memory' to keep weights in "
+            "memory beside their encoded bytes."
+        )
 
 
 def apply(pipe: DiffusionPipeline, gpu_id: int | None, device: torch.device | str | None, settings: Settings) -> Offload:
@@ -217,6 +236,7 @@ def install(*, budget: int | str | None = None, **settings: Any) -> None:
     """
     global _stock
     made = Settings.make(budget, **settings)
+    check_originals(made)
     uninstall()
     stock = DiffusionPipeline.enable_model_cpu_offload
 

@@ -149,7 +149,7 @@ class Component:
 
     def travel(self, settings: Settings) -> None:
         """Its pipeline was enabled again: its weights travel as `settings` say once it has been adopted anew."""
-        ways = [(s.transport_of(self.name), s.transport_overflow) for s in (self.settings, settings)]
+        ways = [(s.transport_of(self.name), s.transport_overflow, s.originals) for s in (self.settings, settings)]
         if ways[0] != ways[1]:
             self.settings, self._recode = settings, True
             self._codec = codec_for(settings, self.name, self.module, self.device)

@@ -262,6 +262,8 @@ class Holdings:
             key = self._graveyard.pop()
             if key in self.components:
                 self._drop([u.key for u in self._units_of(key) if u.key in self.transport.flights])
+                for unit in self._units_of(key):
+                    unit.outlived()
                 self._forget(key)
 
     def _refresh(self, component: Component, transient: bool = False, sampled: bool = True) -> None:

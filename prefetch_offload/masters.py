@@ -172,6 +172,16 @@ class Unit:
         self.places: list[tuple[dict[str, Any], str, torch.Tensor, torch.Tensor]] | None = None
 
     @property
+    def host_nbytes(self) -> int:
+        """Host memory that it holds."""
+        return self.payload_nbytes
+
+    @property
+    def filed_nbytes(self) -> int:
+        """Bytes that it holds in files instead."""
+        return 0
+
+    @property
     def present(self) -> bool:
         """It has device memory, and its twins show it."""
         return all(m.twin is not None for m in self.masters)
@@ -190,6 +200,9 @@ class Unit:
         self.places = None
         for master in self.masters:
             master.twin = master.twin_data = None
+
+    def outlived(self) -> None:
+        """Its component is gone: nobody is known to need its masters."""
 
     def retire(self) -> None:
         """Give up what the unit holds of the host; its tensors keep their data."""
@@ -300,7 +313,7 @@ class SlabUnit(Unit):
         self.slab.unpin()
         if self.slab.bytes.data_ptr() != before:  # it was the backend's pinned memory, and had to move
             for master, offset in zip(self.masters, self._offsets, strict=True):
-                if master.in_place:
+                if master.in_place and master.unit is self:  # not one that another unit has taken in by now
                     master.settle(self.slab, offset)
 
     def sample(self) -> None:
@@ -321,13 +334,18 @@ class SlabUnit(Unit):
         """Masters whose device copy differs from a fingerprint."""
         if self._sample_index is None or self.bytes is None:
             return []
-        shown = self.bytes.view(torch.int64)[self._sample_index.to(self.bytes.device)].cpu()
+        shown = self._on_device()
         words = set(self._sample_index[shown != sample].tolist())
         return [
             master
             for master, offset in zip(self.masters, self._offsets, strict=True)
             if words and not words.isdisjoint(range(offset // 8, (offset + span_nbytes(master.tensor) - 1) // 8 + 1))
         ]
+
+    def _on_device(self) -> torch.Tensor:
+        """The fingerprint's words as the device has them now. The host waits."""
+        assert self.bytes is not None and self._sample_index is not None
+        return self.bytes.view(torch.int64)[self._sample_index.to(self.bytes.device)].cpu()
 
 
 class CarriedUnit(Unit):
