@@ -10,7 +10,7 @@ from torch import nn
 
 from .codecs import Codec, Piece
 from .config import Settings
-from .encoded import EncodedUnit
+from .encoded import TENSORS_BESIDE, EncodedUnit
 from .errors import UnsupportedError
 from .host import Pins, Slab, trim
 from .masters import (
@@ -157,10 +157,29 @@ def _move(shared: _Shared, slab: Slab, offset: int) -> None:
             master.settle(slab, offset + start)
 
 
-def smallest_nbytes(module: nn.Module, settings: Settings) -> int:
-    """The fewest device bytes that a component's weights can run in. Nothing is moved: a sketch of its units will do."""
+@dataclasses.dataclass(frozen=True)
+class Least:
+    """The fewest device bytes that a component can run in.
+
+    Attributes:
+        weights_nbytes: its weights, streamed.
+        staging_nbytes: what its largest unit arrives in, where it travels encoded.
+        tables_nbytes: what its encoded units have there for good.
+    """
+
+    weights_nbytes: int
+    staging_nbytes: int = 0
+    tables_nbytes: int = 0
+
+
+def least_of(module: nn.Module, settings: Settings, codec: Codec | None = None) -> Least:
+    """What a component needs. Nothing is moved, and no value looked at: a sketch of its units will do.
+
+    Args:
+        codec: how it travels; None: raw.
+    """
     if needs_native_move(module):
-        return component_nbytes(module)
+        return Least(component_nbytes(module))
     module = module.__dict__.get("_orig_mod") or module._modules.get("_orig_mod") or module
     masters: dict[int, Master] = {}
     for entries, key, tensor in tensors_of(modules_of(module)):
@@ -174,4 +193,17 @@ def smallest_nbytes(module: nn.Module, settings: Settings) -> int:
         for number, layout in enumerate(cut(extents, settings.unit_min, settings.unit_max))
     ]
     points, must = find_points(module, units)
-    return least_nbytes({u.key: u.nbytes for u in units}, points, must)
+    weights = least_nbytes({u.key: u.nbytes for u in units}, points, must)
+    if codec is None:
+        return Least(weights)
+    sizes = [(sum(m.tensor.nbytes for m in u.masters), sum(_least_encoded(m, codec) for m in u.masters)) for u in units]
+    encoded = [nbytes for whole, nbytes in sizes if nbytes < whole]
+    return Least(weights, max(encoded, default=0), len(encoded) * TENSORS_BESIDE * DEVICE_GRAIN)
+
+
+def _least_encoded(master: Master, codec: Codec) -> int:
+    tensor = master.tensor
+    if not is_plain(tensor) or not tensor.numel():
+        return tensor.nbytes
+    piece = Piece.of(0, span_nbytes(tensor), [dataclasses.replace(master, home=tensor)])
+    return codec.least_nbytes(piece) if piece.tensor is not None else piece.nbytes

@@ -14,9 +14,9 @@ from . import virtual
 from .adapter import pipeline as adapter
 from .adapter.hooks import Session, unwrap
 from .addresses import NO_ARENA
-from .adoption import check_tensors, smallest_nbytes
+from .adoption import check_tensors, least_of
 from .captured import refuse
-from .codecs import check_transport
+from .codecs import check_transport, codec_for
 from .config import GIB, Settings
 from .errors import BudgetError, SettingError, UnsupportedError
 from .handle import Offload
@@ -181,13 +181,23 @@ def check_budget(pipe: DiffusionPipeline, settings: Settings) -> None:
     budget = settings.budget
     if not isinstance(budget, int):
         return
-    modules = {n: m for n, m in pipe.components.items() if isinstance(m, nn.Module)}
-    sizes = {n: smallest_nbytes(m, settings) for n, m in modules.items() if n not in pipe._exclude_from_cpu_offload}
-    largest = max(sizes, key=sizes.__getitem__, default=None)
-    if largest is not None and sizes[largest] > budget:
+    host = torch.device("cpu")  # where "auto" packs nothing: how much it will is found out later
+    least = {
+        name: least_of(module, settings, codec_for(settings, name, module, host))
+        for name, module in pipe.components.items()
+        if isinstance(module, nn.Module) and name not in pipe._exclude_from_cpu_offload
+    }
+    largest = max(least, key=lambda name: least[name].weights_nbytes, default=None)
+    if largest is None:
+        return
+    weights = least[largest].weights_nbytes
+    # There is one staging buffer for all components, and every encoded unit has its table.
+    beside = max(one.staging_nbytes for one in least.values()) + sum(one.tables_nbytes for one in least.values())
+    if weights + beside > budget:
+        besides = f", and what encoded weights arrive in {beside} bytes besides" if beside else ""
         raise BudgetError(
             f"budget={budget} bytes ({budget / GIB:.2f} GiB) is too small for {largest}: streamed block by block, its weights "
-            f"take {sizes[largest]} bytes ({sizes[largest] / GIB:.2f} GiB) at once. Give at least that much, and room for "
+            f"take {weights} bytes ({weights / GIB:.2f} GiB) at once{besides}. Give at least that much, and room for "
             "activations; a smaller `unit_max` makes blocks smaller."
         )
 

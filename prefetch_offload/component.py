@@ -16,6 +16,7 @@ from .casting import keep_twins
 from .codecs import codec_for
 from .compiling import uses_cuda_graphs
 from .config import Settings
+from .encoded import EncodedUnit
 from .host import Pins
 from .masters import CarriedUnit, Master, SlabUnit, Unit, modules_of, tensors_of, version_of
 from .points import Point, find_points, least_nbytes, traced
@@ -398,18 +399,9 @@ class Component:
         # Looking for writes without a mark makes the host wait: only where no pipeline call is in progress.
         look = self.by_hand and not self.client.calling and isinstance(unit, SlabUnit) and unit.shown
         rewritten = unit.rewritten() if look and isinstance(unit, SlabUnit) else []
-        # Once for every use of a streamed unit: twins are no inference tensors, so they have a version.
-        written = [m for m in unit.masters if m.twin is not None and m.twin._version != m.twin_version]
-        for master in {id(m): m for m in (*written, *rewritten)}.values():
-            assert master.twin is not None
-            with torch.inference_mode(False), torch.no_grad():
-                master.put(master.twin.detach())
-            self.d2h_nbytes += master.twin.nbytes
-            master.look()
-            master.twin_version = master.twin._version
+        taken = self._take_back(unit, rewritten)
         places = unit.places or []
-        if written or rewritten:
-            unit.sample()
+        if taken:
             # a master may have become another object
             places = [(e, k, m.tensor, m.twin) for m in unit.masters if m.twin is not None for e, k in m.slots]
             unit.places = None
@@ -419,6 +411,34 @@ class Component:
                 entries[key] = tensor
         if self._flat:
             self._after_swap()
+
+    def look_again(self) -> list[str]:
+        """While bound, between two passes of a call whose callback may have written to it: take over what was written to
+        shown units, which will leave. The host waits. Encoded units only: a raw one's next copy reads its masters anyway.
+
+        Returns:
+            Units of which the device does not have what the masters have: these were shown, and written.
+        """
+        encoded = [u for u in self.units if isinstance(u, EncodedUnit)]
+        for unit in encoded:
+            if unit.shown:
+                self._take_back(unit, unit.rewritten())
+        return [u.key for u in encoded if u.present and not u.shown and u.outdated(look=True)]
+
+    def _take_back(self, unit: Unit, rewritten: list[Master]) -> bool:
+        """Write back what was written to a shown unit's twins, with a mark or, as `rewritten`, without. Returns whether any."""
+        # Once for every use of a streamed unit: twins are no inference tensors, so they have a version.
+        written = [m for m in unit.masters if m.twin is not None and m.twin._version != m.twin_version]
+        for master in {id(m): m for m in (*written, *rewritten)}.values():
+            assert master.twin is not None
+            with torch.inference_mode(False), torch.no_grad():
+                master.put(master.twin.detach())
+            self.d2h_nbytes += master.twin.nbytes
+            master.look()
+            master.twin_version = master.twin._version
+        if written or rewritten:
+            unit.sample()
+        return bool(written or rewritten)
 
     def _after_swap(self) -> None:
         for module in self._flat:  # an RNN keeps a second list of its weights

@@ -108,7 +108,8 @@ class Settings:
             so that a write that leaves no other mark (``weight.data += delta``) is seen. About 1 ms per GB.
         strategy: how shares of the device are planned, a callable as in `prefetch_offload.strategy`; None: `balanced`.
         transport: how weights travel to the device, one way for all or ``{component: way, "default": way}``. ``"raw"``: as
-            they are. ``"packed"``: bfloat16 weights losslessly in three quarters of their bytes, unpacked on arrival.
+            they are. ``"packed"``: bfloat16 weights losslessly in three quarters of their bytes, unpacked on arrival;
+            float32 ones that a 16-bit type holds exactly as that.
             ``"fp8"``: float8 e4m3 with a scale per row; norms, embeddings, the layers that diffusers' layerwise casting skips,
             vectors and small tensors stay raw; results change. A torch dtype (``torch.float16``): wider weights travel as
             that and are cast back on arrival. ``"auto"``: packed where it was measured to be faster, else raw.

@@ -19,6 +19,9 @@ from .masters import DEVICE_GRAIN, Master, SlabUnit, version_of
 from .originals import FileSlab, file_slab
 from .units import align
 
+# How many small tensors an encoded unit has on the device besides its own: see `overhead_nbytes`.
+TENSORS_BESIDE = 5
+
 
 class EncodedUnit(SlabUnit):
     """Masters in a slab, and in a pinned one what travels in their place.
@@ -54,7 +57,7 @@ class EncodedUnit(SlabUnit):
         self._mask: torch.Tensor | None = None  # of the fingerprint's words: the bytes that belong to a piece
         self._index: torch.Tensor | None = None  # of the fingerprint's words, on the device
         self._device_mask: torch.Tensor | None = None
-        self._arrived: torch.Tensor | None = None  # those words as the device has them, unwritten
+        self._arrived: torch.Tensor | None = None  # those words as the device has them, unwritten; there, or on the host
         self._outlived = False
 
     @property
@@ -144,10 +147,9 @@ class EncodedUnit(SlabUnit):
     def changed(self) -> None:
         self.dirty = True
         if self.bytes is not None and self.present and self._sample_index is not None:
-            # The device has what was written back. On the caller's stream, so with memory of that stream only.
-            assert self._mask is not None
-            device = self.bytes.device
-            self._remember(self._sample_index.to(device), self._mask.to(device))
+            # The device has what was written back. The host waits, as it did for that: nothing else orders the caller's
+            # stream before the memory is given back.
+            self._arrived = self._on_device()
 
     # -------------------------------------------------------- what masters lie in
     @property
@@ -194,12 +196,8 @@ class EncodedUnit(SlabUnit):
 
     def remember(self) -> None:
         """Fingerprint the device bytes, on the stream of the table. What a lossy codec leaves is not what the masters have."""
-        assert self._index is not None and self._device_mask is not None
-        self._remember(self._index, self._device_mask)
-
-    def _remember(self, index: torch.Tensor, mask: torch.Tensor) -> None:
-        assert self.bytes is not None
-        self._arrived = self.bytes.view(torch.int64)[index] & mask
+        assert self.bytes is not None and self._index is not None and self._device_mask is not None
+        self._arrived = self.bytes.view(torch.int64)[self._index] & self._device_mask
 
     @property
     def remembered(self) -> bool:
