@@ -58,7 +58,7 @@ class Piece:
     def of(cls, offset: int, nbytes: int, members: list[Master]) -> Piece:
         """`nbytes` at `offset` of a unit, which `members` share; their data lie in their slab."""
         tensor = members[0].home if len(members) == 1 else None
-        if tensor is not None and not _dense(tensor):
+        if tensor is not None and not dense(tensor):
             tensor = None
         return cls(members[0].name, offset, nbytes, tensor, isinstance(members[0].tensor, nn.Parameter))
 
@@ -316,7 +316,7 @@ def skipping(patterns: Iterable[str]) -> Callable[[Piece], bool]:
     return skips
 
 
-def _dense(tensor: torch.Tensor) -> bool:
+def dense(tensor: torch.Tensor) -> bool:
     """Its elements fill a run of memory, each once, in whatever order of dimensions."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
@@ -367,7 +367,7 @@ def check_transport(name: str, module: nn.Module, settings: Settings) -> None:
         return
     found: dict[str, int] = {}
     for key, tensor in module.named_parameters():
-        if not is_plain(tensor) or not _dense(tensor):
+        if not is_plain(tensor) or not dense(tensor):
             continue
         piece = Piece(key, 0, span_nbytes(tensor), tensor, True)
         count = overflows(piece.flat, codec.dtype) if codec.fits(piece) else 0

@@ -20,6 +20,7 @@ from .encoded import EncodedUnit
 from .host import Pins
 from .masters import CarriedUnit, Master, SlabUnit, Unit, modules_of, tensors_of, version_of
 from .points import Point, find_points, least_nbytes, traced
+from .upcast import UpcastUnit, upcast_units
 
 if TYPE_CHECKING:
     from .compiling import Compiled
@@ -215,14 +216,20 @@ class Component:
             for master in fresh:
                 master.twin = master.twin_data = None
                 master.look()
-            made = [CarriedUnit(f"{self.key}.{next(self._generation)}/transient", fresh)]
-            suspended = [u for u in self._all_units() if u not in kept and isinstance(u, SlabUnit)]
+            gone = [u for u in self._all_units() if u not in kept and isinstance(u, SlabUnit)]
+            suspended = [u for u in gone if not isinstance(u, UpcastUnit)]
+            name = f"{self.key}.{next(self._generation)}"
+            if not self.stable:  # an address for one call is none
+                made += upcast_units(name, suspended, fresh, self._pins)
+            taken = {id(m) for u in made for m in u.masters}
+            carried = [m for m in fresh if id(m) not in taken]
+            made += [CarriedUnit(f"{name}/transient", carried)] if carried else []
         else:
             suspended = []
             if fresh:
                 name = f"{self.key}.{next(self._generation)}"
                 made = build_units(name, fresh, self.settings, self._pins, codec)
-        gone = [u for u in self._all_units() if u not in kept]
+        leaving = [u for u in self._all_units() if u not in kept]
         self._suspended = suspended
         self.units = kept + made
         # by the tensors there are now: taking them in may have replaced an inference tensor
@@ -236,7 +243,7 @@ class Component:
         self.stop_casting()
         self.stop_casting = keep_twins(self._modules, slots)
         self._chart()
-        return made, gone
+        return made, leaving
 
     def _chart(self) -> None:
         """Find out where units are read. What was learned of the order holds while the units are the same."""
@@ -324,12 +331,11 @@ class Component:
 
     @staticmethod
     def _intact(unit: Unit, present: set[int]) -> bool:
+        if unit.key.endswith("/transient"):
+            return False  # it lasts for one call
         if isinstance(unit, SlabUnit):
             return all(id(m) in present and m.in_place for m in unit.masters)
-        # `transient` units last for one call; carried ones as long as their tensors stay what they are
-        return not unit.key.endswith("/transient") and all(
-            id(m) in present and m.tensor.data_ptr() == m.ptr for m in unit.masters
-        )
+        return all(id(m) in present and m.tensor.data_ptr() == m.ptr for m in unit.masters)
 
     @property
     def suspended_units(self) -> list[SlabUnit]:
@@ -507,6 +513,7 @@ class Component:
         merged = rewritten | {
             id(p) for m, before in self._merged if tuple(m.merged_adapters) != before for p in m.parameters()
         }
+        unwritten = {u.key for u in self.units if isinstance(u, UpcastUnit) and not self.by_hand and u.unwritten()}
         by_twin = {id(m.twin): m for m in self._masters.values() if m.shown}
         done: dict[int, torch.Tensor] = {}
         moved_away: set[int] = set()
@@ -530,7 +537,10 @@ class Component:
                     continue
                 done[id(shown)] = shown
                 moved = shown.data_ptr() != master.twin_ptr
-                if moved or shown._version != master.twin_version or id(shown) in merged:
+                if moved and master.unit is not None and master.unit.key in unwritten and master.take_home(shown):
+                    moved_away.add(id(master))
+                    master.twin = master.twin_data = None
+                elif moved or shown._version != master.twin_version or id(shown) in merged:
                     master.put(shown.detach())
                     self.d2h_nbytes += shown.nbytes
                     master.look()

@@ -124,6 +124,16 @@ class Master:
         self.twin = self.twin_data = None
         self.look()
 
+    def take_home(self, shown: torch.Tensor) -> bool:
+        """The tensor was cast up, and `shown`, its twin, has been cast back unwritten: its data is what lies in the slab.
+        False: it is of another type or layout."""
+        home = self.home
+        if home is None or (shown.dtype, shown.shape, shown.stride()) != (home.dtype, home.shape, home.stride()):
+            return False
+        self.tensor.data = home
+        self.look()
+        return True
+
     def put(self, value: torch.Tensor) -> None:
         """Take `value`, from the device or from a changed twin, as the new truth: home in the slab where it fits."""
         home = self.home

@@ -13,6 +13,7 @@ from test_transport_codecs import PIPES, UNITS, build, draw, encoded_units, smal
 
 from prefetch_offload import codecs
 from prefetch_offload.codecs import Packed, Piece
+from prefetch_offload.testing.pipelines import CASES
 
 __all__ = ["small_chunks"]  # for every test here, too
 
@@ -87,3 +88,72 @@ def test_layerwise_casting_travels_as_the_fp8_that_it_stores(sim: Any, enable: A
     packed = enable(pipe, transport="packed", **UNITS)
     assert call(pipe) == expected
     assert {c.name: c.link_nbytes for c in packed.stats.components}["transformer"] <= moved["transformer"]
+
+
+# ------------------------------------------------------------------- an upcast within a call
+UPCAST = CASES["sdxl-upcast"]
+
+
+def picture(pipe: Any, seed: int = 0) -> bytes:
+    return np.asarray(UPCAST.call(pipe, seed=seed)).tobytes()
+
+
+def test_a_vae_that_is_cast_up_travels_as_what_it_was(sim: Any, enable: Any) -> None:
+    """Without prefetch, so that it moves once: half of the bytes that it is used in, and nothing comes back."""
+    expected = [picture(UPCAST.build().to(DEVICE), seed) for seed in range(2)]
+    pipe = UPCAST.build()
+    offload = enable(pipe, prefetch=False, **UNITS)
+    parts = {c.name: c for c in offload.stats.components}
+    before = {key: p.detach().clone() for key, p in pipe.vae.named_parameters()}
+    sent = 0
+    for seed in range(2):
+        offload.release()
+        settle(sim)
+        sim.reset()
+        assert picture(pipe, seed) == expected[seed]
+        moved = {c.name: c.h2d_nbytes for c in offload.stats.components}
+        assert moved["vae"] <= (seed + 1) * parts["vae"].link_nbytes
+        assert sim.counters()["h2d_pinned"] == sum(moved.values()) - sent, "out of pinned memory, like all weights"
+        sent = sum(moved.values())
+        assert offload.stats.d2h_nbytes == 0
+    assert all(torch.equal(before[key], p) and p.dtype == torch.float16 for key, p in pipe.vae.named_parameters())
+    offload.disable()
+    assert all(torch.equal(before[key], p) for key, p in pipe.vae.named_parameters())
+
+
+@pytest.mark.parametrize("marked", [True, False])
+@pytest.mark.parametrize("when", ["before it is entered", "while it runs", "before it is cast back"])
+def test_a_vae_that_is_written_after_it_was_cast_up(when: str, marked: bool, sim: Any, enable: Any) -> None:
+    """What is written counts, in this call and after it, as on the device."""
+
+    def scale(weight: torch.Tensor) -> None:
+        if marked:
+            with torch.no_grad():
+                weight.mul_(1.25)
+        else:
+            weight.data.mul_(1.25)
+
+    def changing(pipe: Any) -> list[bytes]:
+        vae, weight = pipe.vae, lambda: pipe.vae.decoder.conv_in.weight
+        stock = vae.to
+
+        def to(*args: Any, **kwargs: Any) -> Any:
+            if when == "before it is cast back" and weight().dtype == torch.float32:
+                scale(weight())
+            result = stock(*args, **kwargs)
+            if when == "before it is entered" and weight().dtype == torch.float32:
+                scale(weight())
+            return result
+
+        vae.to = to
+        handle = vae.decoder.conv_in.register_forward_pre_hook(lambda *_: scale(weight()) if when == "while it runs" else None)
+        made = [picture(pipe)]
+        handle.remove()
+        del vae.to
+        return [*made, picture(pipe)]
+
+    expected = changing(UPCAST.build().to(DEVICE))
+    pipe = UPCAST.build()
+    enable(pipe, **UNITS)
+    picture(pipe)
+    assert changing(pipe) == expected
