@@ -113,15 +113,19 @@ def test_an_interrupt_at_any_line(sim: Any, enable: Any, monkeypatch: pytest.Mon
         expected.append(call(plain))
         negate(plain)
     assert [call(pipe), call(pipe)] == expected[:1] * 2 and expected[0] != expected[1]
-    offload.release()
-    negate(pipe)
-    counter = _interrupt_at(-1)
-    sys.settrace(counter)
-    try:
-        assert call(pipe) == expected[1]
-    finally:
-        sys.settrace(None)
-    lines, turn, interrupted = counter.count(), 1, 0
+    turn, counts = 0, []
+    for _ in range(3):  # the first ones also plan
+        offload.release()
+        negate(pipe)
+        turn = 1 - turn
+        counter = _interrupt_at(-1)
+        sys.settrace(counter)
+        try:
+            assert call(pipe) == expected[turn]
+        finally:
+            sys.settrace(None)
+        counts.append(counter.count())
+    lines, interrupted = min(counts), 0
     for number in sorted(int(n) for n in np.random.default_rng(0).integers(1, lines, size=20)):
         offload.release()
         negate(pipe)
@@ -135,7 +139,7 @@ def test_an_interrupt_at_any_line(sim: Any, enable: Any, monkeypatch: pytest.Mon
             sys.settrace(None)
         assert call(pipe) == expected[turn], number
         offload._engine.residency.validate()
-    assert interrupted > 15
+    assert interrupted > 10
     assert offload.stats.d2h_nbytes == 0
     assert set(offload._engine.transport._encoded) == {u.key for u in encoded_units(offload)}
     del plain
