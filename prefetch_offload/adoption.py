@@ -10,7 +10,7 @@ from torch import nn
 
 from .codecs import Codec, Piece
 from .config import Settings
-from .encoded import EncodedUnit
+from .encoded import TENSORS_BESIDE, EncodedUnit
 from .errors import UnsupportedError
 from .host import Pins, Slab, trim
 from .masters import (
@@ -106,8 +106,12 @@ def build_units(
     extents = [Extent(r.members[0].name, r.hi - r.lo) for r in ranges]
     units: list[Unit] = []
     for number, layout in enumerate(cut(extents, settings.unit_min, settings.unit_max)):
+        if codec is not None:
+            trim()  # a model's tensors come from the heap, which keeps what the last unit has left
         slab = Slab(align(layout.nbytes, 8))
-        members, offsets, pieces = [], [], []
+        members: list[Master] = []
+        offsets: list[int] = []
+        parts: list[tuple[int, int, list[Master]]] = []
         for placement in layout.placements:
             shared = ranges[placement.extent]
             _move(shared, slab, placement.offset)
@@ -115,14 +119,15 @@ def build_units(
                 assert master.home is not None
                 members.append(master)
                 offsets.append(master.home.data_ptr() - slab.bytes.data_ptr())
-            pieces.append(Piece.of(placement.offset, shared.hi - shared.lo, shared.members))
+            parts.append((placement.offset, shared.hi - shared.lo, shared.members))
         key = f"{prefix}/{number}:{layout.name}"
-        recipes = [codec.recipe(piece) for piece in pieces] if codec is not None else []
+        recipes = [codec.recipe(Piece.of(*part)) for part in parts] if codec is not None else []
         if codec is not None and any(recipes):
-            encoded = EncodedUnit(key, slab, members, pieces, codec, pins)
+            encoded = EncodedUnit(key, slab, members, parts, codec, pins)
             encoded.place(offsets)
             encoded.encode(recipes)
-            encoded.sample()
+            del recipes, slab  # which hold on to the memory that the file stands in for
+            encoded.put_away(settings.originals)
             units.append(encoded)
             continue
         pins_before = slab.bytes.data_ptr()
@@ -152,10 +157,29 @@ def _move(shared: _Shared, slab: Slab, offset: int) -> None:
             master.settle(slab, offset + start)
 
 
-def smallest_nbytes(module: nn.Module, settings: Settings) -> int:
-    """The fewest device bytes that a component's weights can run in. Nothing is moved: a sketch of its units will do."""
+@dataclasses.dataclass(frozen=True)
+class Least:
+    """The fewest device bytes that a component can run in.
+
+    Attributes:
+        weights_nbytes: its weights, streamed.
+        staging_nbytes: what its largest unit arrives in, where it travels encoded.
+        tables_nbytes: what its encoded units have there for good.
+    """
+
+    weights_nbytes: int
+    staging_nbytes: int = 0
+    tables_nbytes: int = 0
+
+
+def least_of(module: nn.Module, settings: Settings, codec: Codec | None = None) -> Least:
+    """What a component needs. Nothing is moved, and no value looked at: a sketch of its units will do.
+
+    Args:
+        codec: how it travels; None: raw.
+    """
     if needs_native_move(module):
-        return component_nbytes(module)
+        return Least(component_nbytes(module))
     module = module.__dict__.get("_orig_mod") or module._modules.get("_orig_mod") or module
     masters: dict[int, Master] = {}
     for entries, key, tensor in tensors_of(modules_of(module)):
@@ -169,4 +193,17 @@ def smallest_nbytes(module: nn.Module, settings: Settings) -> int:
         for number, layout in enumerate(cut(extents, settings.unit_min, settings.unit_max))
     ]
     points, must = find_points(module, units)
-    return least_nbytes({u.key: u.nbytes for u in units}, points, must)
+    weights = least_nbytes({u.key: u.nbytes for u in units}, points, must)
+    if codec is None:
+        return Least(weights)
+    sizes = [(sum(m.tensor.nbytes for m in u.masters), sum(_least_encoded(m, codec) for m in u.masters)) for u in units]
+    encoded = [nbytes for whole, nbytes in sizes if nbytes < whole]
+    return Least(weights, max(encoded, default=0), len(encoded) * TENSORS_BESIDE * DEVICE_GRAIN)
+
+
+def _least_encoded(master: Master, codec: Codec) -> int:
+    tensor = master.tensor
+    if not is_plain(tensor) or not tensor.numel():
+        return tensor.nbytes
+    piece = Piece.of(0, span_nbytes(tensor), [dataclasses.replace(master, home=tensor)])
+    return codec.least_nbytes(piece) if piece.tensor is not None else piece.nbytes

@@ -14,14 +14,15 @@ from . import virtual
 from .adapter import pipeline as adapter
 from .adapter.hooks import Session, unwrap
 from .addresses import NO_ARENA
-from .adoption import check_tensors, smallest_nbytes
+from .adoption import check_tensors, least_of
 from .captured import refuse
-from .codecs import check_transport
+from .codecs import check_transport, codec_for
 from .config import Settings, told
 from .errors import BudgetError, SettingError, UnsupportedError
 from .handle import Offload
 from .holdings import Client, rehooking
 from .masters import component_nbytes
+from .originals import why_not
 
 
 def enable(
@@ -62,6 +63,7 @@ def enable(
             "`device` out to have it found, or do without offload."
         )
     check_names(pipe, made)
+    check_originals(made)
     return apply(pipe, gpu_id, device, made)
 
 
@@ -78,6 +80,23 @@ def check_names(pipe: DiffusionPipeline, settings: Settings) -> None:
                 f"transport names {name!r}, which a {type(pipe).__name__} does not have: its components are "
                 f"{', '.join(sorted(pipe.components))}; 'default' stands for all others."
             )
+
+
+def check_originals(settings: Settings) -> None:
+    """Refuse a directory in which originals cannot lie, if any weights are to travel encoded.
+
+    Raises:
+        SettingError: with why.
+    """
+    where = settings.originals
+    if where in ("file", "memory") or settings.transport == "raw":
+        return
+    why = why_not(where)
+    if why is not None:
+        raise SettingError(
+            f"originals={where!r}: {why}. Give a directory on a disk, 'file' to have one found, or 'memory' to keep weights in "
+            "memory beside their encoded bytes."
+        )
 
 
 def apply(pipe: DiffusionPipeline, gpu_id: int | None, device: torch.device | str | None, settings: Settings) -> Offload:
@@ -162,13 +181,23 @@ def check_budget(pipe: DiffusionPipeline, settings: Settings) -> None:
     budget = settings.budget
     if not isinstance(budget, int):
         return
-    modules = {n: m for n, m in pipe.components.items() if isinstance(m, nn.Module)}
-    sizes = {n: smallest_nbytes(m, settings) for n, m in modules.items() if not adapter.left_out(pipe, n)}
-    largest = max(sizes, key=sizes.__getitem__, default=None)
-    if largest is not None and sizes[largest] > budget:
+    host = torch.device("cpu")  # where "auto" packs nothing: how much it will is found out later
+    least = {
+        name: least_of(module, settings, codec_for(settings, name, module, host))
+        for name, module in pipe.components.items()
+        if isinstance(module, nn.Module) and not adapter.left_out(pipe, name)
+    }
+    largest = max(least, key=lambda name: least[name].weights_nbytes, default=None)
+    if largest is None:
+        return
+    weights = least[largest].weights_nbytes
+    # There is one staging buffer for all components, and every encoded unit has its table.
+    beside = max(one.staging_nbytes for one in least.values()) + sum(one.tables_nbytes for one in least.values())
+    if weights + beside > budget:
+        besides = f", and what encoded weights arrive in {beside} bytes besides" if beside else ""
         raise BudgetError(
             f"budget={budget} bytes ({told(budget)}) is too small for {largest}: streamed block by block, its weights "
-            f"take {sizes[largest]} bytes ({told(sizes[largest])}) at once. Give at least that much, and room for "
+            f"take {weights} bytes ({told(weights)}) at once{besides}. Give at least that much, and room for "
             "activations; a smaller `unit_max` makes blocks smaller."
         )
 
@@ -217,6 +246,7 @@ def install(*, budget: int | str | None = None, **settings: Any) -> None:
     """
     global _stock
     made = Settings.make(budget, **settings)
+    check_originals(made)
     uninstall()
     stock = DiffusionPipeline.enable_model_cpu_offload
 

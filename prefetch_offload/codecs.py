@@ -58,7 +58,7 @@ class Piece:
     def of(cls, offset: int, nbytes: int, members: list[Master]) -> Piece:
         """`nbytes` at `offset` of a unit, which `members` share; their data lie in their slab."""
         tensor = members[0].home if len(members) == 1 else None
-        if tensor is not None and not _dense(tensor):
+        if tensor is not None and not dense(tensor):
             tensor = None
         return cls(members[0].name, offset, nbytes, tensor, isinstance(members[0].tensor, nn.Parameter))
 
@@ -103,6 +103,10 @@ class Codec(Protocol):
         """For one piece; None: it travels raw."""
         ...
 
+    def least_nbytes(self, piece: Piece) -> int:
+        """It becomes no fewer bytes than that, whatever its values are."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Raw:
@@ -123,7 +127,7 @@ class Raw:
 
 
 class Packed:
-    """bfloat16 in about 12 bits, without loss.
+    """bfloat16 in about 12 bits, and float32 as a 16-bit type that holds all of a tensor's values, both without loss.
 
     Attributes:
         device: where packing is computed; None: on the host.
@@ -134,11 +138,24 @@ class Packed:
     def __init__(self, device: torch.device | None = None) -> None:
         self.device = device
 
+    def fits(self, piece: Piece) -> bool:
+        """It would travel packed, if its values allow it."""
+        known = piece.tensor is not None and piece.tensor.dtype in (torch.bfloat16, torch.float32)
+        return known and piece.flat.numel() >= SMALLEST
+
     def recipe(self, piece: Piece) -> Recipe | None:
-        if piece.tensor is None or piece.tensor.dtype != torch.bfloat16 or piece.tensor.numel() < SMALLEST:
+        if not self.fits(piece):
             return None
+        if piece.flat.dtype == torch.float32:
+            narrow = next((d for d in (torch.bfloat16, torch.float16) if holds(d, piece.flat)), None)
+            return _Cast(piece, narrow) if narrow is not None else None
         survey = survey_bf16(piece.flat, self.device)
         return _Packing(piece, survey, self.device) if survey.ratio <= WORTH_PACKING else None
+
+    def least_nbytes(self, piece: Piece) -> int:
+        if not self.fits(piece):
+            return piece.nbytes
+        return piece.nbytes // 2 if piece.flat.dtype == torch.float32 else piece.nbytes * 3 // 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,8 +186,15 @@ class Fp8:
     def __init__(self, patterns: Iterable[str] = ()) -> None:
         self.skips = skipping(patterns)
 
+    def fits(self, piece: Piece) -> bool:
+        """It would travel as fp8, if its values allow it."""
+        return _is_float(piece) and not self.skips(piece)
+
+    def least_nbytes(self, piece: Piece) -> int:
+        return piece.flat.numel() + 4 * piece.rows if self.fits(piece) else piece.nbytes
+
     def recipe(self, piece: Piece) -> Recipe | None:
-        if not _is_float(piece) or self.skips(piece):
+        if not self.fits(piece):
             return None
         scales = torch.zeros(piece.rows, dtype=torch.float32)
         for rows, _, values in _tiles(piece):
@@ -234,6 +258,9 @@ class Narrowed:
         """It would travel as the dtype, if its values allow it."""
         return _is_float(piece) and piece.flat.dtype.itemsize > self.dtype.itemsize and not self.skips(piece)
 
+    def least_nbytes(self, piece: Piece) -> int:
+        return piece.flat.numel() * self.dtype.itemsize if self.fits(piece) else piece.nbytes
+
     def recipe(self, piece: Piece) -> Recipe | None:
         if not self.fits(piece) or (not self.overflow and overflows(piece.flat, self.dtype)):
             return None
@@ -268,6 +295,15 @@ def overflows(flat: torch.Tensor, dtype: torch.dtype) -> int:
     return found
 
 
+def holds(dtype: torch.dtype, flat: torch.Tensor) -> bool:
+    """Every float32 element of `flat` is the same bits again after it has been `dtype`."""
+    for begin in range(0, flat.numel(), _CHUNK):  # a checkpoint that needs its 32 bits is told by its first chunk
+        values = flat[begin : begin + _CHUNK]
+        if not torch.equal(values.to(dtype).to(torch.float32).view(torch.int32), values.view(torch.int32)):
+            return False
+    return True
+
+
 def skipping(patterns: Iterable[str]) -> Callable[[Piece], bool]:
     """Whether a piece is left as it is: by its module's name, or since it is a vector, or small."""
     found = [re.compile(p) for p in (*SKIPPED, *patterns)]
@@ -280,7 +316,7 @@ def skipping(patterns: Iterable[str]) -> Callable[[Piece], bool]:
     return skips
 
 
-def _dense(tensor: torch.Tensor) -> bool:
+def dense(tensor: torch.Tensor) -> bool:
     """Its elements fill a run of memory, each once, in whatever order of dimensions."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
@@ -331,7 +367,7 @@ def check_transport(name: str, module: nn.Module, settings: Settings) -> None:
         return
     found: dict[str, int] = {}
     for key, tensor in module.named_parameters():
-        if not is_plain(tensor) or not _dense(tensor):
+        if not is_plain(tensor) or not dense(tensor):
             continue
         piece = Piece(key, 0, span_nbytes(tensor), tensor, True)
         count = overflows(piece.flat, codec.dtype) if codec.fits(piece) else 0

@@ -15,9 +15,11 @@ from .casting import keep_twins
 from .codecs import codec_for
 from .compiling import may_be_compiled, uses_cuda_graphs
 from .config import Settings
+from .encoded import EncodedUnit
 from .host import Pins
 from .masters import CarriedUnit, Master, SlabUnit, Unit, modules_of, tensors_of, version_of
 from .points import Point, find_points, least_nbytes, traced
+from .upcast import UpcastUnit, upcast_units
 
 if TYPE_CHECKING:
     from .compiling import Compiled
@@ -148,7 +150,7 @@ class Component:
 
     def travel(self, settings: Settings) -> None:
         """Its pipeline was enabled again: its weights travel as `settings` say once it has been adopted anew."""
-        ways = [(s.transport_of(self.name), s.transport_overflow) for s in (self.settings, settings)]
+        ways = [(s.transport_of(self.name), s.transport_overflow, s.originals) for s in (self.settings, settings)]
         if ways[0] != ways[1]:
             self.settings, self._recode = settings, True
             self._codec = codec_for(settings, self.name, self.module, self.device)
@@ -214,14 +216,20 @@ class Component:
             for master in fresh:
                 master.twin = master.twin_data = master.unit = None
                 master.look()
-            made = [CarriedUnit(f"{self.key}.{next(self._generation)}/transient", fresh)]
-            suspended = [u for u in self._all_units() if u not in kept and isinstance(u, SlabUnit)]
+            gone = [u for u in self._all_units() if u not in kept and isinstance(u, SlabUnit)]
+            suspended = [u for u in gone if not isinstance(u, UpcastUnit)]
+            name = f"{self.key}.{next(self._generation)}"
+            if not self.stable:  # an address for one call is none
+                made += upcast_units(name, suspended, fresh, self._pins)
+            taken = {id(m) for u in made for m in u.masters}
+            carried = [m for m in fresh if id(m) not in taken]
+            made += [CarriedUnit(f"{name}/transient", carried)] if carried else []
         else:
             suspended = []
             if fresh:
                 name = f"{self.key}.{next(self._generation)}"
                 made = build_units(name, fresh, self.settings, self._pins, codec)
-        gone = [u for u in self._all_units() if u not in kept]
+        leaving = [u for u in self._all_units() if u not in kept]
         # Nothing is refused from here on.
         self._recode, self._rejected = False, set()
         self._modules, self._placed = modules, placed
@@ -240,7 +248,7 @@ class Component:
         self.stop_casting = keep_twins(self._modules, slots)
         self._chart()
         self._n_entries = self._count(modules)
-        return made, gone
+        return made, leaving
 
     def _chart(self) -> None:
         """Find out where units are read. What was learned of the order holds while the units are the same."""
@@ -328,12 +336,12 @@ class Component:
 
     @staticmethod
     def _intact(unit: Unit, present: set[int]) -> bool:
+        if unit.key.endswith("/transient"):
+            return False  # it lasts for one call
         if isinstance(unit, SlabUnit):
             return unit.intact and all(id(m) in present for m in unit.masters)
-        # `transient` units last for one call; carried ones as long as their tensors stay what they are
-        return not unit.key.endswith("/transient") and all(
-            id(m) in present and m.unit is unit and m.tensor.data_ptr() == m.ptr for m in unit.masters
-        )
+        # carried ones as long as their tensors stay what they are
+        return all(id(m) in present and m.unit is unit and m.tensor.data_ptr() == m.ptr for m in unit.masters)
 
     @property
     def suspended_units(self) -> list[SlabUnit]:
@@ -408,6 +416,34 @@ class Component:
         # Looking for writes without a mark makes the host wait: only where no pipeline call is in progress.
         look = self.by_hand and not self.client.calling and isinstance(unit, SlabUnit) and unit.shown
         rewritten = unit.rewritten() if look and isinstance(unit, SlabUnit) else []
+        taken = self._take_back(unit, rewritten)
+        places = unit.places or []
+        if taken:
+            # a master may have become another object
+            places = [(e, k, m.tensor, m.twin, 0) for m in unit.masters if m.twin is not None for e, k in m.slots]
+            unit.places = None
+        unit.shown = False
+        for entries, key, tensor, twin, _ in places:
+            if entries.get(key) is twin:
+                entries[key] = tensor
+        if self._flat:
+            self._after_swap()
+
+    def look_again(self) -> list[str]:
+        """While bound, between two passes of a call whose callback may have written to it: take over what was written to
+        shown units, which will leave. The host waits. Encoded units only: a raw one's next copy reads its masters anyway.
+
+        Returns:
+            Units of which the device does not have what the masters have: these were shown, and written.
+        """
+        encoded = [u for u in self.units if isinstance(u, EncodedUnit)]
+        for unit in encoded:
+            if unit.shown:
+                self._take_back(unit, unit.rewritten())
+        return [u.key for u in encoded if u.present and not u.shown and u.outdated(look=True)]
+
+    def _take_back(self, unit: Unit, rewritten: list[Master]) -> bool:
+        """Write back what was written to a shown unit's twins, with a mark or, as `rewritten`, without. Returns whether any."""
         written: list[Master] = []
         # Once for every use of a streamed unit: twins are no inference tensors, so they have a version.
         for *_, twin, version in unit.places or ():
@@ -421,18 +457,9 @@ class Component:
             self.d2h_nbytes += master.twin.nbytes
             master.look()
             master.twin_version = master.twin._version
-        places = unit.places or []
         if written or rewritten:
             unit.sample()
-            # a master may have become another object
-            places = [(e, k, m.tensor, m.twin, 0) for m in unit.masters if m.twin is not None for e, k in m.slots]
-            unit.places = None
-        unit.shown = False
-        for entries, key, tensor, twin, _ in places:
-            if entries.get(key) is twin:
-                entries[key] = tensor
-        if self._flat:
-            self._after_swap()
+        return bool(written or rewritten)
 
     def _after_swap(self) -> None:
         for module in self._flat:  # an RNN keeps a second list of its weights
@@ -501,6 +528,7 @@ class Component:
         merged = rewritten | {
             id(p) for m, before in self._merged if tuple(m.merged_adapters) != before for p in m.parameters()
         }
+        unwritten = {u.key for u in self.units if isinstance(u, UpcastUnit) and not self.by_hand and u.unwritten()}
         by_twin = {id(m.twin): m for m in self._masters.values() if m.shown}
         done: dict[int, torch.Tensor] = {}
         moved_away: set[int] = set()
@@ -524,7 +552,10 @@ class Component:
                     continue
                 done[id(shown)] = shown
                 moved = shown.data_ptr() != master.twin_ptr
-                if moved or shown._version != master.twin_version or id(shown) in merged:
+                if moved and master.unit is not None and master.unit.key in unwritten and master.take_home(shown):
+                    moved_away.add(id(master))
+                    master.twin = master.twin_data = None
+                elif moved or shown._version != master.twin_version or id(shown) in merged:
                     master.put(shown.detach())
                     self.d2h_nbytes += shown.nbytes
                     master.look()

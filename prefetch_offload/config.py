@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
 from collections.abc import Callable, Mapping
 from fractions import Fraction
@@ -112,13 +113,16 @@ class Settings:
             so that a write that leaves no other mark (``weight.data += delta``) is seen. About 1 ms per GB.
         strategy: how shares of the device are planned, a callable as in `prefetch_offload.strategy`; None: `balanced`.
         transport: how weights travel to the device, one way for all or ``{component: way, "default": way}``. ``"raw"``: as
-            they are. ``"packed"``: bfloat16 weights losslessly in three quarters of their bytes, unpacked on arrival.
+            they are. ``"packed"``: bfloat16 weights losslessly in three quarters of their bytes, unpacked on arrival;
+            float32 ones that a 16-bit type holds exactly as that.
             ``"fp8"``: float8 e4m3 with a scale per row; norms, embeddings, the layers that diffusers' layerwise casting skips,
             vectors and small tensors stay raw; results change. A torch dtype (``torch.float16``): wider weights travel as
             that and are cast back on arrival. ``"auto"``: packed where it was measured to be faster, else raw.
-            The host's weights stay what they are, in ordinary memory, and only their encoded bytes are pinned: a host
-            holds both. What `state_dict` shows and `disable` leaves is therefore exact, and changes made between calls are
-            encoded again; only the device works with what lossy ways leave of them.
+            What `state_dict` shows and `disable` leaves stays exact, and changes made between calls are encoded again; only
+            the device works with what lossy ways leave of them.
+        originals: where the host's weights lie whose encoded bytes are in pinned memory. ``"file"``: in files without a name
+            in the first of the temporary directory, ``/var/tmp`` and ``~/.cache`` that is on a disk with room for them, as
+            long as the pipeline is enabled. A directory: there. ``"memory"``: in ordinary memory, so that the host holds both.
         transport_overflow: let a dtype that `transport` names turn finite weights into infinities, instead of refusing it.
         strict_compile: a recompile or a graph break while a component runs is an error (`RecompileError`), raised once its call
             has returned.
@@ -139,6 +143,7 @@ class Settings:
     fingerprints: bool = True
     strategy: Callable[..., Any] | None = None
     transport: Transport = "raw"
+    originals: str = "file"
     transport_overflow: bool = False
     strict_compile: bool = False
     stable_addresses: bool | None = None
@@ -169,6 +174,10 @@ class Settings:
                 values[name] = value
             elif known[name].type == "bool | None" and value is None:
                 values[name] = None
+            elif name == "originals":
+                if not isinstance(value, str | os.PathLike):
+                    raise SettingError(f"originals={value!r}: give 'file', 'memory', or a directory.")
+                values[name] = os.fspath(value)
             elif name == "transport":
                 values[name] = parse_transport(value)
             elif not isinstance(value, bool):

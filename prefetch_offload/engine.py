@@ -144,6 +144,9 @@ class Engine(Moves):
                 "Give it a budget in which it stays, or do not capture."
             )
         with self._held(), self._change:
+            if stream.window is not None and stream.passes and component.by_hand:
+                self.stream_out(component, [u for u in component.look_again() if u in self.transport.flights])
+                stream.resync()
             if component.compiled_since():  # points have gone into compiled code
                 stream.close()
                 component.stream = None

@@ -284,6 +284,8 @@ class Holdings:
             key = self._graveyard.pop()
             if key in self.components:
                 self._drop([u.key for u in self._units_of(key) if u.key in self.transport.flights])
+                for unit in self._units_of(key):
+                    unit.outlived()
                 self._forget(key)
 
     def _refresh(self, component: Component, transient: bool = False, sampled: bool = True) -> None:
@@ -354,10 +356,12 @@ class Holdings:
             unit = self.units[instruction.unit]
             if isinstance(instruction, Load):
                 try:
+                    component = self._component_of(unit)
                     sample = not streamed or unit.key not in self._sampled
+                    if unit.travels_encoded and component is not None and component.by_hand:
+                        sample = True  # a raw unit's copy reads what was written since; what was encoded before does not
                     self._sampled.add(unit.key)
                     flight = self.transport.load(unit, sample)
-                    component = self._component_of(unit)
                     if component is not None and component.stream is not None and component.stream.keeps:
                         self.transport.keep(unit)
                     self.recorder.copied(flight, ahead, self.residency.held_nbytes)

@@ -126,6 +126,16 @@ class Master:
             self.unit.places = None
         self.look()
 
+    def take_home(self, shown: torch.Tensor) -> bool:
+        """The tensor was cast up, and `shown`, its twin, has been cast back unwritten: its data is what lies in the slab.
+        False: it is of another type or layout."""
+        home = self.home
+        if home is None or (shown.dtype, shown.shape, shown.stride()) != (home.dtype, home.shape, home.stride()):
+            return False
+        self.tensor.data = home
+        self.look()
+        return True
+
     def put(self, value: torch.Tensor) -> None:
         """Take `value`, from the device or from a changed twin, as the new truth: home in the slab where it fits."""
         home = self.home
@@ -178,6 +188,16 @@ class Unit:
         self.places: list[tuple[dict[str, Any], str, torch.Tensor, torch.Tensor, int]] | None = None
 
     @property
+    def host_nbytes(self) -> int:
+        """Host memory that it holds."""
+        return self.payload_nbytes
+
+    @property
+    def filed_nbytes(self) -> int:
+        """Bytes that it holds in files instead."""
+        return 0
+
+    @property
     def present(self) -> bool:
         """It has device memory, and its twins show it."""
         return all(m.twin is not None for m in self.masters)
@@ -196,6 +216,9 @@ class Unit:
         self.places = None
         for master in self.masters:
             master.twin = master.twin_data = None
+
+    def outlived(self) -> None:
+        """Its component is gone: nobody is known to need its masters."""
 
     def retire(self) -> None:
         """Give up what the unit holds of the host; its tensors keep their data."""
@@ -319,7 +342,7 @@ class SlabUnit(Unit):
         self.slab.unpin()
         if self.slab.bytes.data_ptr() != before:  # it was the backend's pinned memory, and had to move
             for master, offset in zip(self.masters, self._offsets, strict=True):
-                if master.in_place:
+                if master.in_place and master.unit is self:  # not one that another unit has taken in by now
                     master.settle(self.slab, offset)
 
     def sample(self) -> None:
@@ -340,13 +363,18 @@ class SlabUnit(Unit):
         """Masters whose device copy differs from a fingerprint."""
         if self._sample_index is None or self.bytes is None:
             return []
-        shown = self.bytes.view(torch.int64)[self._sample_index.to(self.bytes.device)].cpu()
+        shown = self._on_device()
         words = set(self._sample_index[shown != sample].tolist())
         return [
             master
             for master, offset in zip(self.masters, self._offsets, strict=True)
             if words and not words.isdisjoint(range(offset // 8, (offset + span_nbytes(master.tensor) - 1) // 8 + 1))
         ]
+
+    def _on_device(self) -> torch.Tensor:
+        """The fingerprint's words as the device has them now. The host waits."""
+        assert self.bytes is not None and self._sample_index is not None
+        return self.bytes.view(torch.int64)[self._sample_index.to(self.bytes.device)].cpu()
 
 
 class CarriedUnit(Unit):

@@ -48,6 +48,8 @@ class ComponentStats:
         recompiles: the reason of each recompile: function, and the guard that failed.
         compiled_in_call: the same three of the last call; None as above.
         link_nbytes: what loading all of it puts on the link: less than `nbytes` where weights travel encoded.
+        host_nbytes: host memory that its weights take, encoded ones included.
+        filed_nbytes: bytes of weights that lie in files instead, since what travels in their place is in memory.
     """
 
     name: str
@@ -66,6 +68,8 @@ class ComponentStats:
     recompiles: tuple[str, ...] = ()
     compiled_in_call: Compiles | None = None
     link_nbytes: int = 0
+    host_nbytes: int = 0
+    filed_nbytes: int = 0
 
     @property
     def hidden_ms(self) -> float:
@@ -242,6 +246,8 @@ def collect(engine: Engine, client: Client) -> Stats:
                 exposed_ms=_on(timeline, "stalls", component.key),
                 compute_ms=_on(timeline, "compute", component.key),
                 link_nbytes=sum(u.payload_nbytes for u in component.units),
+                host_nbytes=sum(u.host_nbytes for u in component.units),
+                filed_nbytes=sum(u.filed_nbytes for u in component.units),
                 **_compiles(component),
             )
         )
@@ -341,7 +347,11 @@ def encoded(stats: Stats) -> list[str]:
         for c in stats.components
         if c.link_nbytes < 0.99 * c.nbytes
     ]
-    return [f"travels encoded: {', '.join(shown)}"] if shown else []
+    if not shown:
+        return []
+    host, filed = sum(c.host_nbytes for c in stats.components), sum(c.filed_nbytes for c in stats.components)
+    where = f"weights take {host / MIB:.1f} MiB of host memory and {filed / MIB:.1f} MiB in files"
+    return [f"travels encoded: {', '.join(shown)}; {where}"]
 
 
 def compiles(stats: Stats) -> list[str]:

@@ -1,0 +1,182 @@
+"""Components that are cast up within a call, as pipelines do with a VAE that overflows in float16.
+
+The values are those that lie in pinned memory already, in half of the bytes: these travel, and are cast on arrival. Casting
+back later gives the bytes that were there, so that nothing has to come back from the device either.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from prefetch_offload_kernels import Descriptor
+
+from .codecs import SLAB_ALIGNMENT, dense
+from .config import MIB
+from .encoded import EncodedUnit
+from .host import Pins, Slab
+from .masters import Master, SlabUnit, span_nbytes, version_of
+from .units import align
+
+# What one of them brings over the link. They share a staging buffer, which stays allocated while the component runs.
+_PAYLOAD = 32 * MIB
+_CHUNK = 1 << 20
+
+
+class _Stretch:
+    """Part of a slab, or one of no memory at all: as much of a `Slab` as a unit looks at."""
+
+    def __init__(self, nbytes: int, of: Slab | None = None, begin: int = 0) -> None:
+        self.nbytes, self._of = nbytes, of
+        self.bytes = of.bytes[begin : begin + nbytes] if of is not None else torch.empty(0, dtype=torch.uint8, device="cpu")
+
+    @property
+    def pinned(self) -> bool:
+        return self._of is not None and self._of.pinned
+
+
+class UpcastUnit(EncodedUnit):
+    """Masters that were cast up. What travels is what another unit has of them in its slab.
+
+    Attributes:
+        donor: that unit, which is suspended meanwhile.
+    """
+
+    def __init__(self, key: str, donor: SlabUnit, masters: list[Master], pins: Pins) -> None:
+        self.donor = donor
+        offsets, end = [], 0
+        for master in masters:
+            offsets.append(end)
+            end += align(span_nbytes(master.tensor))
+        parts = [(o, span_nbytes(m.tensor), [m]) for o, m in zip(offsets, masters, strict=True)]
+        slab: Any = _Stretch(align(end, 8))
+        super().__init__(key, slab, masters, parts, None, pins)  # type: ignore[arg-type]
+        self.place(offsets)
+        base = donor.slab.bytes.data_ptr()
+        homes = [(m.home.data_ptr() - base, span_nbytes(m.home)) for m in masters if m.home is not None]
+        begin = min(at for at, _ in homes) // SLAB_ALIGNMENT * SLAB_ALIGNMENT
+        source: Any = _Stretch(max(at + nbytes for at, nbytes in homes) - begin, donor.slab, begin)
+        self.descriptors = tuple(
+            _descriptor(m, at - begin, offset) for m, (at, _), offset in zip(masters, homes, offsets, strict=True)
+        )
+        self.encoded, self.payload_nbytes = source, source.nbytes
+        self._versions = [version_of(m.tensor) for m in masters]
+        self.dirty, self.encodings = False, 1
+
+    @property
+    def copied(self) -> torch.Event | None:  # type: ignore[override]
+        """Of the donor: it is its memory that is copied from."""
+        return self.donor.copied
+
+    @copied.setter
+    def copied(self, event: torch.Event | None) -> None:
+        if event is not None:
+            self.donor.copied = event
+
+    @property
+    def host_nbytes(self) -> int:
+        return sum(m.tensor.nbytes for m in self.masters if not m.in_place)
+
+    def encode(self, recipes: Any = None) -> None:
+        """They were written since they were cast up: from now on they travel as they are."""
+        self.dirty = True
+        versions = [version_of(m.tensor) for m in self.masters]
+        slab = Slab(self.slab.nbytes)
+        for master, (offset, nbytes, _) in zip(self.masters, self._parts, strict=True):
+            source = master.tensor.detach()
+            slab.view(offset, nbytes).view(source.dtype).as_strided(source.shape, source.stride()).copy_(source)
+        self.descriptors = (Descriptor(0, 0, slab.nbytes, torch.uint8, torch.uint8, name=self.key),)
+        self.table = self._arrived = None
+        self.encoded, self.payload_nbytes, self._versions = slab, slab.nbytes, versions
+        self.encodings += 1
+        self.dirty = False
+
+    def sample(self) -> None:
+        """It lasts for one call, in which masters are written with a mark."""
+
+    def stale(self) -> bool:
+        return False
+
+    def unwritten(self) -> bool:
+        """On the device it is what arrived. The host waits."""
+        written = any(m.twin is None or m.twin._version != m.twin_version for m in self.masters)
+        return not self.dirty and not written and self.encodings == 1 and self.remembered and not self.rewritten()
+
+    def _make_twin(self, master: Master, offset: int) -> None:
+        home, master.home = master.home, None  # that of the donor, in another type
+        try:
+            super()._make_twin(master, offset)
+        finally:
+            master.home = home
+
+    def retire(self) -> None:
+        self.settle_at(None)
+        self.table = self._index = self._device_mask = self._arrived = None
+
+
+def _descriptor(master: Master, source: int, target: int) -> Descriptor:
+    home, tensor = master.home, master.tensor
+    assert home is not None
+    if master.in_place:
+        return Descriptor(source, target, span_nbytes(tensor), torch.uint8, torch.uint8, name=master.name)
+    return Descriptor(source, target, tensor.numel(), home.dtype, tensor.dtype, name=master.name)
+
+
+def upcast_units(prefix: str, suspended: list[SlabUnit], fresh: list[Master], pins: Pins) -> list[UpcastUnit]:
+    """Units for those masters that are an exact upcast of what a suspended unit has; keys are ``{prefix}/{n}/transient``."""
+    present = set(map(id, fresh))
+    made: list[UpcastUnit] = []
+    for donor in suspended:
+        masters = [m for m in donor.masters if m.tensor.numel()]
+        if type(donor) is not SlabUnit or any(id(m) not in present for m in donor.masters):
+            continue
+        if not any(_wider(m) for m in masters) or not all(_lies_in(m, donor) for m in masters):
+            continue
+        if _overlap(masters) or not all(m.in_place or _is_upcast(m) for m in masters):
+            continue
+        run: list[Master] = []
+        nbytes = 0
+        for master in [*sorted(masters, key=_address), None]:
+            grown = nbytes + (span_nbytes(master.home) if master is not None and master.home is not None else 0)
+            if run and (master is None or grown > _PAYLOAD):
+                made.append(UpcastUnit(f"{prefix}/{len(made)}/transient", donor, run, pins))
+                run, grown = [], grown - nbytes
+            if master is not None:
+                run.append(master)
+                nbytes = grown
+    return made
+
+
+def _address(master: Master) -> int:
+    assert master.home is not None
+    return master.home.data_ptr()
+
+
+def _lies_in(master: Master, donor: SlabUnit) -> bool:
+    base = donor.slab.bytes.data_ptr()
+    return master.home is not None and base <= master.home.data_ptr() < base + donor.slab.nbytes
+
+
+def _overlap(masters: list[Master]) -> bool:
+    ordered = sorted(masters, key=_address)
+    ends = [_address(m) + span_nbytes(m.home) for m in ordered if m.home is not None]
+    return any(end > _address(m) for end, m in zip(ends, ordered[1:], strict=False))
+
+
+def _wider(master: Master) -> bool:
+    home, tensor = master.home, master.tensor
+    return home is not None and home.dtype in (torch.float16, torch.bfloat16) and tensor.dtype == torch.float32
+
+
+def _is_upcast(master: Master) -> bool:
+    """Every element is what its home has, in more bits."""
+    home, tensor = master.home, master.tensor
+    if home is None or not _wider(master) or home.shape != tensor.shape or home.stride() != tensor.stride() or not dense(home):
+        return False
+    narrow = home.detach().as_strided((home.numel(),), (1,))
+    wide = tensor.detach().as_strided((home.numel(),), (1,))
+    for begin in range(0, wide.numel(), _CHUNK):
+        cast = narrow[begin : begin + _CHUNK].to(torch.float32)
+        if not torch.equal(cast.view(torch.int32), wide[begin : begin + _CHUNK].view(torch.int32)):
+            return False
+    return True

@@ -1,0 +1,159 @@
+"""What travels in fewer bytes than it is used in although nothing is lost: 32-bit weights of 16 bits, layerwise casting, an
+upcast within a call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import DEVICE, settle, weight_nbytes
+from test_transport_codecs import PIPES, UNITS, build, draw, encoded_units, small_chunks, weights
+
+from prefetch_offload import codecs
+from prefetch_offload.codecs import Packed, Piece
+from prefetch_offload.testing.pipelines import CASES
+
+__all__ = ["small_chunks"]  # for every test here, too
+
+
+def rounded(dtype: torch.dtype) -> Any:
+    pipe = build("flux", torch.float32)
+    for _, p in weights(pipe):
+        p.copy_(p.to(dtype))
+    return pipe
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_checkpoints_of_16_bits_in_float32_travel_as_what_they_were(dtype: torch.dtype, sim: Any, enable: Any) -> None:
+    """As when a 16-bit checkpoint is loaded without a dtype: lossless, and half of the bytes."""
+    expected = draw("flux", rounded(dtype).to(DEVICE))
+    for share in (None, 0.5):
+        pipe = rounded(dtype)
+        exact = [p.clone() for _, p in weights(pipe)]
+        budget = None if share is None else int(share * weight_nbytes(pipe))
+        offload = enable(pipe, transport="packed", budget=budget, **UNITS)
+        stats = offload.stats
+        assert sum(c.link_nbytes for c in stats.components) <= 0.52 * sum(c.nbytes for c in stats.components)
+        assert draw("flux", pipe) == expected
+        offload.disable()
+        assert all(torch.equal(a, b) for a, (_, b) in zip(exact, weights(pipe), strict=True))
+
+
+def test_weights_that_need_their_32_bits_travel_whole(sim: Any, enable: Any) -> None:
+    offload = enable(build("flux", torch.float32), transport="packed", **UNITS)
+    assert encoded_units(offload) == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.0, 2.0**-140, 2.0**-24, 65504.0, 65536.0, 1 + 2.0**-12])
+def test_any_value_comes_back_bit_for_bit_or_travels_whole(value: float) -> None:
+    t = torch.ones(64, 64)
+    t[3, 5] = value
+    t.view(torch.int32)[7, 7] = 0x7FC00001 if value != value else t.view(torch.int32)[7, 7]  # a NaN with a payload
+    recipe = Packed().recipe(Piece("linear.weight", 0, t.nbytes, t, True))
+    bits = t.view(torch.int32)
+    kept = [d for d in (torch.float16, torch.bfloat16) if torch.equal(t.to(d).to(torch.float32).view(torch.int32), bits)]
+    assert (recipe is not None) == bool(kept)
+    if isinstance(recipe, codecs._Cast):
+        out = torch.zeros(recipe.nbytes, dtype=torch.uint8)
+        recipe.write(out)
+        assert torch.equal(out.view(recipe.dtype).view(64, 64).to(torch.float32).view(torch.int32), bits)
+
+
+def test_layerwise_casting_travels_as_the_fp8_that_it_stores(sim: Any, enable: Any) -> None:
+    """By itself, without a transport: what the modules store is what moves."""
+
+    def cast(pipe: Any) -> Any:
+        pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+        return pipe
+
+    def call(pipe: Any) -> bytes:
+        return np.asarray(PIPES["flux"].call(pipe, steps=2)).tobytes()
+
+    expected = call(cast(build("flux")).to(DEVICE))
+    pipe = cast(build("flux"))
+    stored = [p for p in pipe.transformer.parameters() if p.dtype == torch.float8_e4m3fn]
+    own = sum(p.nbytes for p in pipe.transformer.parameters())
+    assert sum(p.numel() for p in stored) > 0.5 * sum(p.numel() for p in pipe.transformer.parameters())
+    offload = enable(pipe, **UNITS)
+    settle(sim)
+    sim.reset()
+    assert call(pipe) == expected
+    moved = {c.name: c.h2d_nbytes for c in offload.stats.components}
+    assert own <= moved["transformer"] <= 1.02 * own, "once in the call, as stored"
+    assert sim.counters()["h2d_pinned"] == sum(moved.values())
+    assert offload.stats.d2h_nbytes == 0
+    assert call(pipe) == expected
+    packed = enable(pipe, transport="packed", **UNITS)
+    assert call(pipe) == expected
+    assert {c.name: c.link_nbytes for c in packed.stats.components}["transformer"] <= moved["transformer"]
+
+
+# ------------------------------------------------------------------- an upcast within a call
+UPCAST = CASES["sdxl-upcast"]
+
+
+def picture(pipe: Any, seed: int = 0) -> bytes:
+    return np.asarray(UPCAST.call(pipe, seed=seed)).tobytes()
+
+
+def test_a_vae_that_is_cast_up_travels_as_what_it_was(sim: Any, enable: Any) -> None:
+    """Without prefetch, so that it moves once: half of the bytes that it is used in, and nothing comes back."""
+    expected = [picture(UPCAST.build().to(DEVICE), seed) for seed in range(2)]
+    pipe = UPCAST.build()
+    offload = enable(pipe, prefetch=False, **UNITS)
+    parts = {c.name: c for c in offload.stats.components}
+    before = {key: p.detach().clone() for key, p in pipe.vae.named_parameters()}
+    sent = 0
+    for seed in range(2):
+        offload.release()
+        settle(sim)
+        sim.reset()
+        assert picture(pipe, seed) == expected[seed]
+        moved = {c.name: c.h2d_nbytes for c in offload.stats.components}
+        assert moved["vae"] <= (seed + 1) * parts["vae"].link_nbytes
+        assert sim.counters()["h2d_pinned"] == sum(moved.values()) - sent, "out of pinned memory, like all weights"
+        sent = sum(moved.values())
+        assert offload.stats.d2h_nbytes == 0
+    assert all(torch.equal(before[key], p) and p.dtype == torch.float16 for key, p in pipe.vae.named_parameters())
+    offload.disable()
+    assert all(torch.equal(before[key], p) for key, p in pipe.vae.named_parameters())
+
+
+@pytest.mark.parametrize("marked", [True, False])
+@pytest.mark.parametrize("when", ["before it is entered", "while it runs", "before it is cast back"])
+def test_a_vae_that_is_written_after_it_was_cast_up(when: str, marked: bool, sim: Any, enable: Any) -> None:
+    """What is written counts, in this call and after it, as on the device."""
+
+    def scale(weight: torch.Tensor) -> None:
+        if marked:
+            with torch.no_grad():
+                weight.mul_(1.25)
+        else:
+            weight.data.mul_(1.25)
+
+    def changing(pipe: Any) -> list[bytes]:
+        vae, weight = pipe.vae, lambda: pipe.vae.decoder.conv_in.weight
+        stock = vae.to
+
+        def to(*args: Any, **kwargs: Any) -> Any:
+            if when == "before it is cast back" and weight().dtype == torch.float32:
+                scale(weight())
+            result = stock(*args, **kwargs)
+            if when == "before it is entered" and weight().dtype == torch.float32:
+                scale(weight())
+            return result
+
+        vae.to = to
+        handle = vae.decoder.conv_in.register_forward_pre_hook(lambda *_: scale(weight()) if when == "while it runs" else None)
+        made = [picture(pipe)]
+        handle.remove()
+        del vae.to
+        return [*made, picture(pipe)]
+
+    expected = changing(UPCAST.build().to(DEVICE))
+    pipe = UPCAST.build()
+    enable(pipe, **UNITS)
+    picture(pipe)
+    assert changing(pipe) == expected
