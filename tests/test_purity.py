@@ -22,6 +22,7 @@ PURE_MODULES = (
     "planner",
     "residency",
     "schedule",
+    "refine",
     "search",
     "shapes",
     "simulator",
