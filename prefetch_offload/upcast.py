@@ -98,9 +98,10 @@ class UpcastUnit(EncodedUnit):
         return False
 
     def unwritten(self) -> bool:
-        """On the device it is what arrived. The host waits."""
+        """It is on the device as it arrived there. The host waits."""
         written = any(m.twin is None or m.twin._version != m.twin_version for m in self.masters)
-        return not self.dirty and not written and self.encodings == 1 and self.remembered and not self.rewritten()
+        arrived = self.shown and self.present and self.remembered  # one that is not shown may be on its way
+        return arrived and not self.dirty and not written and self.encodings == 1 and not self.rewritten()
 
     def _make_twin(self, master: Master, offset: int) -> None:
         home, master.home = master.home, None  # that of the donor, in another type
