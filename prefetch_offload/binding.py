@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,9 @@ from .upcast import UpcastUnit
 if TYPE_CHECKING:
     from .compiling import Compiled
     from .holdings import Client
+
+
+_version = operator.attrgetter("_version")
 
 
 class Binding:
@@ -73,17 +77,19 @@ class Binding:
         # Looked up once: looking at tensors for every use of a streamed unit costs more than showing them.
         if unit.places is None:
             unit.places, unit.checked = [], False
+            unit.twins = [m.twin for m in unit.masters if m.twin is not None]
+            unit.versions = [m.twin_version for m in unit.masters if m.twin is not None]
             for master in unit.masters:
                 tensor, twin = master.tensor, master.twin
                 assert twin is not None, f"{self.key}: {master.name} has no twin"
-                unit.places += [(entries, key, tensor, twin, master.twin_version) for entries, key in master.slots]
+                unit.places += [(entries, key, tensor, twin) for entries, key in master.slots]
         if not unit.checked:  # since it was bound
             unit.checked = True
-            for _, _, tensor, twin, _ in unit.places:
+            for _, _, tensor, twin in unit.places:
                 if twin.requires_grad is not tensor.requires_grad:
                     twin.requires_grad_(tensor.requires_grad)
         unit.shown = True
-        for entries, key, tensor, twin, _ in unit.places:
+        for entries, key, tensor, twin in unit.places:
             if entries.get(key) is tensor:
                 entries[key] = twin
         if unit.fresh:
@@ -101,10 +107,10 @@ class Binding:
         places = unit.places or []
         if taken:
             # a master may have become another object
-            places = [(e, k, m.tensor, m.twin, 0) for m in unit.masters if m.twin is not None for e, k in m.slots]
+            places = [(e, k, m.tensor, m.twin) for m in unit.masters if m.twin is not None for e, k in m.slots]
             unit.places = None
         unit.shown = False
-        for entries, key, tensor, twin, _ in places:
+        for entries, key, tensor, twin in places:
             if entries.get(key) is twin:
                 entries[key] = tensor
         if self._flat:
@@ -127,10 +133,8 @@ class Binding:
         """Write back what was written to a shown unit's twins, with a mark or, as `rewritten`, without. Returns whether any."""
         written: list[Master] = []
         # Once for every use of a streamed unit: twins are no inference tensors, so they have a version.
-        for *_, twin, version in unit.places or ():
-            if twin._version != version:
-                written = [m for m in unit.masters if m.twin is not None and m.twin._version != m.twin_version]
-                break
+        if unit.places is None or list(map(_version, unit.twins)) != unit.versions:
+            written = [m for m in unit.masters if m.twin is not None and m.twin._version != m.twin_version]
         for master in {id(m): m for m in (*written, *rewritten)}.values():
             assert master.twin is not None
             with torch.inference_mode(False), torch.no_grad():
@@ -235,18 +239,18 @@ class Binding:
                 moved = shown.data_ptr() != master.twin_ptr
                 if moved and master.unit is not None and master.unit.key in unwritten and master.take_home(shown):
                     moved_away.add(id(master))
-                    master.twin = master.twin_data = None
+                    master.twin = master.twin_data = master.unit.places = None
                 elif moved or shown._version != master.twin_version or id(shown) in merged:
                     master.put(shown.detach())
                     self.d2h_nbytes += shown.nbytes
                     master.look()
                     written.add(id(master))
                     master.twin_version = shown._version
+                    if master.unit is not None:
+                        master.unit.places = None
                     if moved:
                         moved_away.add(id(master))
                         master.twin = master.twin_data = None  # no longer a view into its unit: made anew when next needed
-                        if master.unit is not None:
-                            master.unit.places = None
         self._slots = slots
         self._n_entries = -1  # whatever was replaced is taken in at the next entry
         for unit in self.units:

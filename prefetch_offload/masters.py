@@ -57,7 +57,8 @@ class Master:
         twin: what the modules show while the component runs; None until first needed.
         twin_data: the twin's view into its unit's device bytes, should something else be put into the twin.
         unit: what it moves with.
-        twin_ptr, twin_version: as `ptr` and `version`, of the twin, when its unit was loaded or it was last written back.
+        twin_offset: of the twin, from its unit's `base`.
+        twin_version: as `version`, of the twin, when its unit was loaded or it was last written back.
     """
 
     tensor: torch.Tensor
@@ -69,7 +70,7 @@ class Master:
     dtype: torch.dtype = torch.float32
     twin: torch.Tensor | None = None
     twin_data: torch.Tensor | None = None
-    twin_ptr: int = 0
+    twin_offset: int = 0
     twin_version: int = 0
     unit: Unit | None = None
 
@@ -77,6 +78,11 @@ class Master:
     def shown(self) -> bool:
         """The modules show the twin."""
         return self.unit is not None and self.unit.shown
+
+    @property
+    def twin_ptr(self) -> int:
+        """Where the twin's data lay when its unit was loaded."""
+        return self.twin_offset + (self.unit.base if self.unit is not None else 0)
 
     def look(self) -> None:
         """Remember where the data lies, which version and of which type it is."""
@@ -172,8 +178,9 @@ class Unit:
         copied: after the last copy out of host memory; until it has happened that memory may not be given back.
         fresh: its twins are new objects, which the modules do not show yet.
         shown: its component's modules show its twins.
-        places: (dictionary, key, master's tensor, twin, its `twin_version`) of every place that shows one of them; None: to
-            be looked up.
+        base: the device address of what it holds, when it was last loaded; 0: its tensors lie each for itself.
+        places: (dictionary, key, master's tensor, twin) of every place that shows one of them; None: to be looked up.
+        versions: of the twins of its masters, when `places` were looked up.
         checked: since its component was last bound, the twins are known to require gradients where the masters do.
     """
 
@@ -185,7 +192,10 @@ class Unit:
         self.copied: torch.Event | None = None
         self.fresh = False
         self.shown = self.checked = False
-        self.places: list[tuple[dict[str, Any], str, torch.Tensor, torch.Tensor, int]] | None = None
+        self.base = 0
+        self.places: list[tuple[dict[str, Any], str, torch.Tensor, torch.Tensor]] | None = None
+        self.versions: list[int] = []
+        self.twins: list[torch.Tensor] = []  # those that the versions are of
 
     @property
     def host_nbytes(self) -> int:
@@ -243,7 +253,6 @@ class SlabUnit(Unit):
         self.bytes: torch.Tensor | None = None  # [slab.nbytes] uint8 on the device; its storage is empty unless resident
         self.addresses: Addresses | None = None  # which give it its address for life, if it has one
         self._offsets: list[int] = []
-        self._base = 0  # the address that the twins were last given
         self._sample_index: torch.Tensor | None = None
         self._sample: torch.Tensor | None = None
 
@@ -288,14 +297,13 @@ class SlabUnit(Unit):
                 self.bytes = torch.empty(self.slab.nbytes, dtype=torch.uint8, device=device)
         else:
             self.bytes.untyped_storage().resize_(self.slab.nbytes)
-        base = self.bytes.data_ptr()
-        if base == self._base and self.places is not None:
-            return  # as it was when it was last shown in this run: the most frequent case by far
-        self._base = base
+        self.base = self.bytes.data_ptr()
+        if self.places is not None:
+            return  # all twins are there, as they were last shown: the most frequent case by far
         for master, offset in zip(self.masters, self._offsets, strict=True):
             if master.twin is None:
                 self._make_twin(master, offset)
-            master.twin_ptr = base + offset
+            master.twin_offset = offset
 
     def _make_twin(self, master: Master, offset: int) -> None:
         self.fresh, self.places = True, None
@@ -396,7 +404,7 @@ class CarriedUnit(Unit):
                     made.append(master.wrap(tensor.to(device)))
         self.fresh, self.places = True, None
         for master, twin in zip(self.masters, made, strict=True):
-            master.twin, master.twin_ptr, master.twin_version = twin, twin.data_ptr(), version_of(twin)
+            master.twin, master.twin_offset, master.twin_version = twin, twin.data_ptr(), version_of(twin)
 
     def free(self, after: torch.Event | None = None) -> None:
         self.abandon()
