@@ -295,11 +295,12 @@ def overflows(flat: torch.Tensor, dtype: torch.dtype) -> int:
     return found
 
 
-def holds(dtype: torch.dtype, flat: torch.Tensor) -> bool:
-    """Every float32 element of `flat` is the same bits again after it has been `dtype`."""
+def holds(narrow: torch.dtype | torch.Tensor, flat: torch.Tensor) -> bool:
+    """`narrow`, made float32, is `flat` bit for bit: a tensor with as many elements, or for a type what `flat` is as that."""
     for begin in range(0, flat.numel(), _CHUNK):  # a checkpoint that needs its 32 bits is told by its first chunk
         values = flat[begin : begin + _CHUNK]
-        if not torch.equal(values.to(dtype).to(torch.float32).view(torch.int32), values.view(torch.int32)):
+        cast = values.to(narrow) if isinstance(narrow, torch.dtype) else narrow[begin : begin + _CHUNK]
+        if not torch.equal(cast.to(torch.float32).view(torch.int32), values.view(torch.int32)):
             return False
     return True
 

@@ -333,10 +333,7 @@ class Component(Binding):
         """Units whose master was written in place since it was last looked at; looks at them."""
         found = []
         for unit in self.units:
-            try:
-                written = [m for m in unit.masters if m.tensor._version != m.version]
-            except RuntimeError:  # inference tensors have none
-                written = [m for m in unit.masters if version_of(m.tensor) != m.version]
+            written = [m for m in unit.masters if version_of(m.tensor) != m.version]
             for master in written:
                 master.look()
             if written:

@@ -28,7 +28,10 @@ _SAMPLES = 16  # per tensor, spread evenly, first and last word included: about 
 
 def version_of(tensor: torch.Tensor) -> int:
     """The tensor's version counter; 0 for an inference tensor, which has none."""
-    return 0 if tensor.is_inference() else tensor._version
+    try:
+        return tensor._version
+    except RuntimeError:
+        return 0
 
 
 def is_plain(tensor: torch.Tensor) -> bool:

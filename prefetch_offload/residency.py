@@ -183,8 +183,9 @@ class Residency:
 
     def held(self, component: str | None = None) -> tuple[str, ...]:
         """Units with device bytes: all, or those of one component."""
-        units = self._units if component is None else self._components[component]
-        return tuple(u for u in units if self._units[u].state is not State.HOST)
+        if component is None:
+            return tuple([u for u, unit in self._units.items() if unit.state is not State.HOST])
+        return tuple([u for u in self._components[component] if self._units[u].state is not State.HOST])
 
     def is_ready(self, component: str) -> bool:
         return all(self._units[u].state is State.READY for u in self._components[component])
@@ -198,7 +199,7 @@ class Residency:
             )
         return View(
             nbytes=self._known[0],
-            held=frozenset([u for u, unit in self._units.items() if unit.state is not State.HOST]),
+            held=frozenset(self.held()),
             prefetchable=self._known[1],
             components=dict(self._components),
             held_nbytes=self.held_nbytes,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from prefetch_offload_kernels import Descriptor
 
-from .codecs import SLAB_ALIGNMENT, dense
+from .codecs import SLAB_ALIGNMENT, dense, holds
 from .config import MIB
 from .encoded import EncodedUnit
 from .host import Pins, Slab
@@ -20,7 +20,6 @@ from .units import align
 
 # What one of them brings over the link. They share a staging buffer, which stays allocated while the component runs.
 _PAYLOAD = 32 * MIB
-_CHUNK = 1 << 20
 
 
 class _Stretch:
@@ -174,10 +173,5 @@ def _is_upcast(master: Master) -> bool:
     home, tensor = master.home, master.tensor
     if home is None or not _wider(master) or home.shape != tensor.shape or home.stride() != tensor.stride() or not dense(home):
         return False
-    narrow = home.detach().as_strided((home.numel(),), (1,))
-    wide = tensor.detach().as_strided((home.numel(),), (1,))
-    for begin in range(0, wide.numel(), _CHUNK):
-        cast = narrow[begin : begin + _CHUNK].to(torch.float32)
-        if not torch.equal(cast.view(torch.int32), wide[begin : begin + _CHUNK].view(torch.int32)):
-            return False
-    return True
+    narrow, wide = (t.detach().as_strided((home.numel(),), (1,)) for t in (home, tensor))
+    return holds(narrow, wide)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Any
 
@@ -92,6 +92,35 @@ def dynamo() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+def refuse_each(
+    sim: Any, offload: Offload, indices: Iterable[int], attempt: Callable[[], None], then: Callable[[int], None]
+) -> tuple[int, int]:
+    """Attempt a call for each index, with that allocation refused. Returns how many were saved, and how many ran out of memory.
+
+    Args:
+        attempt: the call, which asserts its image.
+        then: after each, with its index and nothing refused any more.
+    """
+    saved = raised = 0
+    for index in indices:
+        offload.release()
+        sim.fail_allocation(index)
+        try:
+            attempt()
+            saved += 1
+        except torch.OutOfMemoryError:
+            raised += 1
+        sim.fail_allocation(-1)
+        then(index)
+        offload._engine.residency.validate()
+    return saved, raised
+
+
+def plan_anew(offload: Offload) -> None:
+    """It has learned to run in less; here every failure is to be met by the same plan."""
+    offload.budget = offload.budget
 
 
 SEEDS = (0, 1, 2)

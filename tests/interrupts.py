@@ -6,14 +6,81 @@ from __future__ import annotations
 import inspect
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 import prefetch_offload
 
 PACKAGE = str(Path(prefetch_offload.__file__).parent)
 Line = tuple[str, int]
+
+
+def spots(lines: list[Line]) -> list[int]:
+    """Where each line ran first, and last."""
+    first = {line: n for n, line in reversed(list(enumerate(lines)))}
+    last = {line: n for n, line in enumerate(lines)}
+    return sorted({*first.values(), *last.values()})
+
+
+def interrupt_at(number: int, run: Callable[[], Any]) -> tuple[Any, int]:
+    """Run, and raise KeyboardInterrupt at line `number` of the package, counted over the run; at none if it is negative.
+
+    Returns:
+        What `run` returned, None if it was interrupted; and the lines that ran.
+    """
+    count = 0
+
+    def local(frame: Any, event: str, arg: Any) -> Any:
+        nonlocal count
+        if event == "line":
+            count += 1
+            if count == number:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return local
+
+    def outer(frame: Any, event: str, arg: Any) -> Any:
+        name = frame.f_code.co_filename
+        return local if name.startswith(PACKAGE) and "testing" not in name else None
+
+    sys.settrace(outer)
+    try:
+        return run(), count
+    except KeyboardInterrupt:
+        if count != number:
+            raise  # somebody else's
+        return None, count
+    finally:
+        sys.settrace(None)
+
+
+def interrupts(times: int, run: Callable[[], Any], before: Callable[[], object] = lambda: None) -> Iterator[tuple[int, Any]]:
+    """Interrupt `run` that often, each time at a line drawn from all of the package that run.
+
+    Runs differ in length: the first ones also plan. One that ends before its line says how far lines are drawn from then on.
+
+    Args:
+        times: interrupts, not runs.
+        before: called before each run, never interrupted.
+
+    Yields:
+        After each run the line it was to stop at, and what `run` returned, None if it was interrupted.
+    """
+    before()
+    _, lines = interrupt_at(-1, run)
+    rng, made = np.random.default_rng(0), 0
+    while made < times:
+        number = int(rng.integers(1, lines + 1))
+        before()
+        result, count = interrupt_at(number, run)
+        if result is None:
+            made += 1
+        elif count < number:
+            lines = count
+        yield number, result
 
 
 class Interrupts:
@@ -35,12 +102,7 @@ class Interrupts:
     def lines(self, run: Callable[[], Any]) -> list[int]:
         """The places, by number, at which to interrupt `run`: where each line runs first, and where it runs last."""
         self._run(run, -1)
-        first: dict[Line, int] = {}
-        last: dict[Line, int] = {}
-        for number, line in enumerate(self.seen):
-            first.setdefault(line, number)
-            last[line] = number
-        return sorted({*first.values(), *last.values()})
+        return spots(self.seen)
 
     def at(self, number: int, run: Callable[[], Any]) -> bool:
         """Run, and interrupt at that place. Whether `run` got there."""

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same, resident, settle
+from conftest import assert_same, refuse_each, resident, settle
+from interrupts import interrupts
 
-import prefetch_offload
 from prefetch_offload.testing.pipelines import CASES
 
 CASE = CASES["flux"]
 COMPONENTS = ("text_encoder", "text_encoder_2", "transformer", "vae")
-PACKAGE = str(Path(prefetch_offload.__file__).parent)
 
 
 def call(pipe: Any, seed: int = 0) -> np.ndarray:
@@ -60,20 +57,17 @@ def test_allocation_failure_at_every_index(budget: Any, truth: Any, sim: Any, en
     offload = enable(pipe, budget=budget, unit_min=4096, unit_max=128 << 10, verify=False)
     sim.reset()
     assert_same([call(pipe)], [truth])
-    first, saved, raised = int(sim.counters()["allocs"]), 0, 0
+    first = int(sim.counters()["allocs"])
     stride = 1 if budget is None else 3
-    for index in range(0, first, stride):
-        offload.release()
-        sim.fail_allocation(index)
-        try:
-            assert_same([call(pipe)], [truth])
-            saved += 1
-        except torch.OutOfMemoryError:
-            raised += 1
-        sim.fail_allocation(-1)
+
+    def attempt() -> None:
+        assert_same([call(pipe)], [truth])
+
+    def again(index: int) -> None:
         if index % 7 == 0:
-            assert_same([call(pipe)], [truth])
-        offload._engine.residency.validate()
+            attempt()
+
+    saved, raised = refuse_each(sim, offload, range(0, first, stride), attempt, again)
     assert_same([call(pipe)], [truth])
     assert offload.stats.counts["ladder"] > 0
     # What fails inside of a component is tried again; only what fails in the pipeline's own code comes out.
@@ -143,51 +137,12 @@ def test_no_second_try_with_gradients(sim: Any, enable: Any) -> None:
     assert len(tries) == 1
 
 
-def _interrupt_at(number: int) -> Any:
-    """A trace function that raises KeyboardInterrupt at line `number` of this package, counted over the run."""
-    count = 0
-
-    def local(frame: Any, event: str, arg: Any) -> Any:
-        nonlocal count
-        if event == "line":
-            count += 1
-            if count == number:
-                sys.settrace(None)
-                raise KeyboardInterrupt
-        return local
-
-    def outer(frame: Any, event: str, arg: Any) -> Any:
-        name = frame.f_code.co_filename
-        return local if name.startswith(PACKAGE) and "testing" not in name else None
-
-    outer.count = lambda: count  # type: ignore[attr-defined]
-    return outer
-
-
 def test_interrupt_at_any_line(truth: Any, sim: Any, enable: Any) -> None:
     """Ctrl-C between any two lines of the engine: the call fails, the next one gives the right image."""
     pipe = CASE.build()
     offload = enable(pipe, unit_min=4096, unit_max=128 << 10, verify=False)
     call(pipe)
-    offload.release()
-    counter = _interrupt_at(-1)
-    sys.settrace(counter)
-    try:
-        call(pipe)
-    finally:
-        sys.settrace(None)
-    lines = counter.count()
-    assert lines > 1000
-    rng = np.random.default_rng(0)
-    for number in sorted(int(n) for n in rng.integers(1, lines, size=120)):
-        offload.release()
-        sys.settrace(_interrupt_at(number))
-        try:
-            image = call(pipe)
-        except KeyboardInterrupt:
-            image = None
-        finally:
-            sys.settrace(None)
+    for _, image in interrupts(120, lambda: call(pipe), before=offload.release):
         if image is not None:
             assert_same([image], [truth])
         assert_same([call(pipe)], [truth])

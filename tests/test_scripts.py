@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -93,24 +93,33 @@ def test_what_is_copied_is_what_the_script_says(seed: int, share: float, sim: An
     offload = enable(pipe, budget=budget, strategy=strategy, fingerprints=False, **UNITS)
     copied = []
     for call in range(6):
-        settle(sim)
-        sim.reset()
-        before = offload.stats.h2d_nbytes
-        assert torch.equal(pipe(x, passes), expected)
-        copied.append(offload.stats.h2d_nbytes - before)
-        assert sim.counters()["peak"] <= budget, f"call {call}"
+        copied.append(copied_in_a_call(sim, offload, lambda: pipe(x, passes), expected, budget))
         if call > 0:
             assert all(isinstance(w, Scripted) for w in windows(pipe))
     assert not offload.stats.counts
-    workload, planned, shares = strategy.asked[-1]
-    payload = {u.key: u.payload_nbytes for c in offload._session.client.components.values() for u in c.units}
-    prediction = simulate(workload, shares, planned, strategy.link, 4)
-    calls = [s for s in prediction.timeline.spans if s.track == "copy"]
-    each = sum(payload[str(s.args["unit"])] for s in calls)
-    shorter = simulate(workload, shares, planned, strategy.link, 3)
-    each -= sum(payload[str(s.args["unit"])] for s in shorter.timeline.spans if s.track == "copy")
     assert len(set(copied[-3:])) == 1, copied
-    assert copied[-1] == each, "bytes of a call, by the script"
+    assert copied[-1] == planned_nbytes(strategy, offload), "bytes of a call, by the script"
+
+
+def copied_in_a_call(sim: Any, offload: Any, call: Callable[[], torch.Tensor], expected: torch.Tensor, budget: int) -> int:
+    """Bytes that a call copies in, which has to be right and within the budget."""
+    settle(sim)
+    sim.reset()
+    before = offload.stats.h2d_nbytes
+    assert torch.equal(call(), expected)
+    assert sim.counters()["peak"] <= budget
+    return int(offload.stats.h2d_nbytes - before)
+
+
+def planned_nbytes(strategy: Trying, offload: Any) -> int:
+    """Bytes that a call in the steady state copies in, by the last plan: what the fourth adds to three."""
+    workload, room, shares = strategy.asked[-1]
+    payload = {u.key: u.payload_nbytes for c in offload._session.client.components.values() for u in c.units}
+    totals = []
+    for calls in (3, 4):
+        spans = simulate(workload, shares, room, strategy.link, calls).timeline.spans
+        totals.append(sum(payload[str(s.args["unit"])] for s in spans if s.track == "copy"))
+    return totals[1] - totals[0]
 
 
 def windows(pipe: Pair) -> list[Any]:
@@ -192,23 +201,10 @@ def test_units_that_are_read_in_several_places(turns: str, share: float, sim: An
     strategy = Trying(3)
     budget = int(share * nbytes)
     offload = enable(pipe, budget=budget, strategy=strategy, fingerprints=False, **UNITS)
-    copied = []
-    for call in range(5):
-        settle(sim)
-        sim.reset()
-        before = offload.stats.h2d_nbytes
-        assert torch.equal(pipe(x, 3), expected)
-        copied.append(offload.stats.h2d_nbytes - before)
-        assert sim.counters()["peak"] <= budget, f"call {call}"
+    copied = [copied_in_a_call(sim, offload, lambda: pipe(x, 3), expected, budget) for _ in range(5)]
     assert not offload.stats.counts
     assert len(set(copied[-2:])) == 1, copied
-    workload, room, shares = strategy.asked[-1]
-    payload = {u.key: u.payload_nbytes for c in offload._session.client.components.values() for u in c.units}
-    each = []
-    for calls in (3, 4):
-        spans = simulate(workload, shares, room, strategy.link, calls).timeline.spans
-        each.append(sum(payload[str(s.args["unit"])] for s in spans if s.track == "copy"))
-    planned = each[1] - each[0]
+    planned = planned_nbytes(strategy, offload)
     if turns == "round":
         assert copied[-1] <= 2 * planned, "every pass is two"
     elif turns == "back":

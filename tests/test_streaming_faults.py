@@ -3,15 +3,14 @@ reads what is not there."""
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICE, settle
+from conftest import DEVICE, plan_anew, refuse_each, settle
 from contracts import assert_equal
-from test_faults import _interrupt_at
+from interrupts import interrupts
 from test_streaming import CASES, UNITS, budget_of, draw, resident_images
 from torch import nn
 
@@ -55,20 +54,13 @@ def test_a_refused_allocation_anywhere(sim: Any, enable: Any) -> None:
     draw("flux", pipe, 2)
     sim.reset()
     assert draw("flux", pipe, 2).tobytes() == expected
-    saved = raised = 0
-    for index in range(0, int(sim.counters()["allocs"]), 61):
-        offload.release()
-        sim.fail_allocation(index)
-        try:
-            assert draw("flux", pipe, 2).tobytes() == expected
-            saved += 1
-        except torch.OutOfMemoryError:
-            raised += 1
-        sim.fail_allocation(-1)
-        offload._engine.residency.validate()
-        # it has learned to run in less; here every failure is to be met by the same plan
-        offload.budget = offload.budget
-    assert draw("flux", pipe, 2).tobytes() == expected
+
+    def attempt() -> None:
+        assert draw("flux", pipe, 2).tobytes() == expected
+
+    indices = range(0, int(sim.counters()["allocs"]), 61)
+    saved, raised = refuse_each(sim, offload, indices, attempt, lambda _: plan_anew(offload))
+    attempt()
     assert saved > 4 * raised
     assert offload.stats.counts["ladder"] > 0
 
@@ -78,22 +70,7 @@ def test_an_interrupt_at_any_line(sim: Any, enable: Any) -> None:
     pipe = CASES["flux"].build()
     offload = enable(pipe, budget=budget_of(pipe, SHARE), verify=False, **UNITS)
     draw("flux", pipe, 2)
-    counter = _interrupt_at(-1)
-    sys.settrace(counter)
-    try:
-        draw("flux", pipe, 2)
-    finally:
-        sys.settrace(None)
-    lines = counter.count()
-    rng = np.random.default_rng(0)
-    for number in sorted(int(n) for n in rng.integers(1, lines, size=24)):
-        sys.settrace(_interrupt_at(number))
-        try:
-            image = draw("flux", pipe, 2).tobytes()
-        except KeyboardInterrupt:
-            image = None
-        finally:
-            sys.settrace(None)
+    for number, image in interrupts(24, lambda: draw("flux", pipe, 2).tobytes()):
         assert image in (None, expected)
         assert draw("flux", pipe, 2).tobytes() == expected, number
         offload._engine.residency.validate()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICE, settle, weight_nbytes
+from conftest import DEVICE, plan_anew, refuse_each, settle, weight_nbytes
 from prefetch_offload_kernels import build_table, cast_unit_reference, reference
 from torch import nn
 
@@ -453,20 +453,13 @@ def test_a_refused_allocation_anywhere(sim: Any, enable: Any, monkeypatch: pytes
     draw(pipe)
     sim.reset()
     assert draw(pipe) == expected
-    saved = raised = 0
     n = int(sim.counters()["allocs"])
-    for index in range(0, n, n // 6):
-        offload.release()
-        sim.fail_allocation(index)
-        try:
-            assert draw(pipe) == expected
-            saved += 1
-        except torch.OutOfMemoryError:
-            raised += 1
-        sim.fail_allocation(-1)
-        offload._engine.residency.validate()
-        offload.budget = offload.budget
-    assert draw(pipe) == expected
+
+    def attempt() -> None:
+        assert draw(pipe) == expected
+
+    saved, raised = refuse_each(sim, offload, range(0, n, n // 6), attempt, lambda _: plan_anew(offload))
+    attempt()
     assert saved > 2 * raised and offload.stats.counts["ladder"] > 0
 
 

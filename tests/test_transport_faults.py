@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICE, settle, weight_nbytes
+from conftest import DEVICE, weight_nbytes
+from interrupts import interrupts
 from prefetch_offload_kernels import reference
-from test_faults import _interrupt_at
-from test_stream_order import REASONS, SCENARIOS, run, slow_link, unused_prefetch, without
+from test_stream_order import SCENARIOS, assert_quiet, run_without, slow_link, unused_prefetch
 from test_transport_codecs import PIPES, UNITS, build, draw, encoded_units, small_chunks
 from torch import nn
 
@@ -24,7 +22,7 @@ from prefetch_offload.codecs import codec_for
 from prefetch_offload.config import Settings
 from prefetch_offload.encoded import EncodedUnit
 from prefetch_offload.host import Pins
-from prefetch_offload.testing.pipelines import CASES, scaled
+from prefetch_offload.testing.pipelines import scaled
 
 __all__ = ["slow_link", "small_chunks"]  # for every test here, too
 
@@ -113,33 +111,18 @@ def test_an_interrupt_at_any_line(sim: Any, enable: Any, monkeypatch: pytest.Mon
         expected.append(call(plain))
         negate(plain)
     assert [call(pipe), call(pipe)] == expected[:1] * 2 and expected[0] != expected[1]
-    turn, counts = 0, []
-    for _ in range(3):  # the first ones also plan
+    turn = 0
+
+    def other_weights() -> None:
+        nonlocal turn
         offload.release()
         negate(pipe)
         turn = 1 - turn
-        counter = _interrupt_at(-1)
-        sys.settrace(counter)
-        try:
-            assert call(pipe) == expected[turn]
-        finally:
-            sys.settrace(None)
-        counts.append(counter.count())
-    lines, interrupted = min(counts), 0
-    for number in sorted(int(n) for n in np.random.default_rng(0).integers(1, lines, size=20)):
-        offload.release()
-        negate(pipe)
-        turn = 1 - turn
-        sys.settrace(_interrupt_at(number))
-        try:
-            assert call(pipe) == expected[turn]
-        except KeyboardInterrupt:
-            interrupted += 1
-        finally:
-            sys.settrace(None)
+
+    for number, image in interrupts(20, lambda: call(pipe), before=other_weights):
+        assert image in (None, expected[turn])
         assert call(pipe) == expected[turn], number
         offload._engine.residency.validate()
-    assert interrupted > 10
     assert offload.stats.d2h_nbytes == 0
     assert set(offload._engine.transport._encoded) == {u.key for u in encoded_units(offload)}
     del plain
@@ -207,20 +190,8 @@ def test_every_wait_of_encoded_units_is_needed(name: str, slow_link: Any) -> Non
     """With all waits nobody objects; without one of them our own checker does, or the simulator's."""
     scenario, settings, reason = ENCODED[name]
     settings = {**settings, "transport": torch.float16}
-    with without(None) as seen:
-        hazards, engine = run(scenario, settings)
-    settle(slow_link)
-    assert REASONS[reason] in seen, "the scenario does not need this wait"
-    assert hazards == [] and engine.lanes.hazards == []
-    assert slow_link.hazards() == [] and slow_link.counters()["violations"] == 0
-    with without(REASONS[reason]):
-        pipe = CASES["flux"].build()
-        offload = prefetch_offload.enable(pipe, device=DEVICE, verify=True, **settings)
-        engine = offload._engine
-        with contextlib.suppress(IndexError):  # an embedding may well be asked for a garbage position
-            scenario(pipe, offload)
-        offload.disable()
-    settle(slow_link)
+    assert_quiet(scenario, settings, reason, slow_link)
+    engine = run_without(scenario, settings, reason, slow_link)
     assert engine.lanes.hazards or slow_link.hazards() or slow_link.counters()["violations"]
 
 

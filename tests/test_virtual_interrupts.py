@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import DEVICE, assert_same, resident
+from interrupts import spots
 from virtual_memory import GRAIN, FakeCuda
 
 from prefetch_offload import driver, virtual
@@ -50,13 +51,6 @@ def interrupted(act: Callable[[], Any], at: int = -1) -> list[tuple[str, int]]:
     finally:
         sys.settrace(before)
     return lines
-
-
-def spots(lines: list[tuple[str, int]]) -> list[int]:
-    """Where each line ran first, and last."""
-    first = {line: n for n, line in reversed(list(enumerate(lines)))}
-    last = {line: n for n, line in enumerate(lines)}
-    return sorted({*first.values(), *last.values()})
 
 
 def run(addresses: VirtualAddresses, units: list[Any], held: dict[str, torch.Tensor]) -> None:

@@ -15,7 +15,7 @@ from ..api import enable
 from ..config import MIB, Settings
 from ..device import is_out_of_memory
 from ..errors import OffloadError
-from . import curve, devices, running
+from . import curve, devices, models, running
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def bench(request: Request, console: Console) -> bool:
     budgets = [b for text in request.budgets for b in text.split(",") if b]
     for budget in budgets:
         Settings.make(budget)
-    running.check_dtype(request.dtype)
+    models.check_dtype(request.dtype)
     device = devices.pick(request.device, request.simulate)
     simulated = devices.simulator(device) is not None
     running.quiet(device, progress=sys.stderr.isatty())

@@ -47,6 +47,16 @@ _PLACES = tuple(
 Tensor = tuple[str, str, Sequence[int]]  # name, type, shape
 
 
+def check_dtype(name: str | None) -> None:
+    """`name`, as `--dtype` was given, is one of `DTYPES`, if it was. Before anything runs.
+
+    Raises:
+        SettingError: there is no such type.
+    """
+    if name is not None and name not in DTYPES:
+        raise SettingError(f"--dtype {name}: give one of {', '.join(DTYPES)}.")
+
+
 class Source(Protocol):
     """A pipeline's files, wherever they are."""
 

@@ -115,8 +115,7 @@ def check(request: Request) -> tuple[list[int], list[float]]:
             )
     if request.steps is not None and request.steps < 1:
         raise SettingError(f"--steps {request.steps}: give at least one.")
-    if request.dtype is not None and request.dtype not in models.DTYPES:
-        raise SettingError(f"--dtype {request.dtype}: give one of {', '.join(models.DTYPES)}.")
+    models.check_dtype(request.dtype)
     if request.out is not None:
         picture.require()
         if request.out.exists() and not request.out.is_dir():

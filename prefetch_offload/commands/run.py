@@ -16,7 +16,7 @@ from .. import report
 from ..api import enable
 from ..config import Settings
 from ..errors import SettingError
-from . import devices, running
+from . import devices, models, running
 
 WAYS = {"stock": "stock offload", "resident": "resident"}
 
@@ -50,7 +50,7 @@ def run(request: Request, console: Console) -> bool:
     Settings.make(request.budget)  # a typing error should not wait for the model to load
     if request.against is not None and request.against not in WAYS:
         raise SettingError(f"--against {request.against}: give {' or '.join(WAYS)}.")
-    running.check_dtype(request.dtype)
+    models.check_dtype(request.dtype)
     running.check_image_path(request.out)
     device = devices.pick(request.device, request.simulate)
     running.quiet(device, progress=sys.stderr.isatty())

@@ -23,8 +23,6 @@ from ..config import MIB
 from ..errors import SettingError
 from . import devices
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -50,17 +48,8 @@ class Outcome:
 
 def dtype_of(name: str | None, device: torch.device) -> torch.dtype:
     """The type that `--dtype` asks for; of weights on the simulated accelerator float32 unless it says otherwise."""
-    return DTYPES[name or ("float32" if devices.simulator(device) is not None else "bfloat16")]
-
-
-def check_dtype(name: str | None) -> None:
-    """Before anything runs.
-
-    Raises:
-        SettingError: there is no such type.
-    """
-    if name is not None and name not in DTYPES:
-        raise SettingError(f"--dtype {name}: give one of {', '.join(DTYPES)}.")
+    dtype: torch.dtype = getattr(torch, name or ("float32" if devices.simulator(device) is not None else "bfloat16"))
+    return dtype
 
 
 def load(model: str, dtype: torch.dtype) -> DiffusionPipeline:
