@@ -135,6 +135,8 @@ class Binding:
         # Once for every use of a streamed unit: twins are no inference tensors, so they have a version.
         if unit.places is None or list(map(_version, unit.twins)) != unit.versions:
             written = [m for m in unit.masters if m.twin is not None and m.twin._version != m.twin_version]
+        if not (written or rewritten):
+            return False
         for master in {id(m): m for m in (*written, *rewritten)}.values():
             assert master.twin is not None
             with torch.inference_mode(False), torch.no_grad():
@@ -142,9 +144,8 @@ class Binding:
             self.d2h_nbytes += master.twin.nbytes
             master.look()
             master.twin_version = master.twin._version
-        if written or rewritten:
-            unit.sample()
-        return bool(written or rewritten)
+        unit.sample()
+        return True
 
     def _after_swap(self) -> None:
         for module in self._flat:  # an RNN keeps a second list of its weights

@@ -336,10 +336,10 @@ class Moves(Holdings):
     def _waits(self, instructions: list[Instruction]) -> bool:
         """Carrying them out makes compute wait for a copy: one that is still to be enqueued, or has not arrived."""
         flights = self.transport.flights
-        return any(
-            isinstance(i, Await) and ((flight := flights.get(i.unit)) is None or not flight.ready.query())
-            for i in instructions
-        )
+        for i in instructions:  # no generator: this is asked for every use of a streamed unit
+            if isinstance(i, Await) and ((flight := flights.get(i.unit)) is None or not flight.ready.query()):
+                return True
+        return False
 
     def stream_out(self, component: Component, units: list[str]) -> None:
         """Units of a bound component leave the device; its modules go on showing what they show."""

@@ -123,7 +123,10 @@ class Recorder:
 
     def of(self, key: str) -> ComponentTotals:
         """The totals of component `key`."""
-        return self.totals.setdefault(key, ComponentTotals())
+        totals = self.totals.get(key)
+        if totals is None:
+            totals = self.totals[key] = ComponentTotals()
+        return totals
 
     def met(self, key: str, hits: int, misses: int) -> None:
         """On entering component `key`, so many of its units were there or on their way, and so many were not."""

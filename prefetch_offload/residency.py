@@ -212,12 +212,12 @@ class Residency:
         Raises:
             TransitionError: the event is not allowed in a unit's state. Nothing has changed.
         """
-        if isinstance(event, Entered):
-            steps = self._entered(event.component, event.plan)
-        elif isinstance(event, Needed):
+        if isinstance(event, Needed):  # these two for every use of a streamed unit
             steps = self._needed(event.units)
         elif isinstance(event, Prefetched):
-            steps = self._drops(event.plan.drops) + [(u, "load") for u in event.plan.prefetches]
+            steps = [*self._drops(event.plan.drops), *[(u, "load") for u in event.plan.prefetches]]
+        elif isinstance(event, Entered):
+            steps = self._entered(event.component, event.plan)
         elif isinstance(event, LoadFailed):
             steps = self._failed(event)
         else:

@@ -205,7 +205,7 @@ class Stream:
 
     def _done_with(self, window: Window, point: Point) -> None:
         for unit in sorted(point.units, key=self._place.__getitem__) if len(point.units) > 1 else point.units:
-            if self._final.get(unit) is not point or any(unit in outer.units for outer in self.active):
+            if self._final.get(unit) is not point or (self.active and any(unit in p.units for p in self.active)):
                 continue
             self._read.add(unit)
             with self.engine._held(), self.engine._change:  # an interrupt between the decision and the moves has to be repaired

@@ -27,7 +27,7 @@ from .units import align
 _STAGING = "staging"
 
 
-@dataclass
+@dataclass(slots=True)
 class Flight:
     """A unit's device bytes together with the events that order them.
 
