@@ -10,7 +10,7 @@ from .bound import lower_bound_ms
 from .simulator import SIMULATED_PASSES, ComponentLoad, Link, Workload, simulate
 from .window import Share, share_of
 
-FINE_STEPS = 3_600  # of comparing windows on the units themselves
+FINE_STEPS = 5_400  # of comparing windows on the units themselves
 ENOUGH = 1.005  # of the physical limit: no window is worth more trying then
 
 
@@ -19,13 +19,13 @@ def refined(workload: Workload, shares: dict[str, Share], budget_nbytes: int, li
 
     As many alternatives are simulated as their effort allows: none with thousands of units.
     """
-    cost = sum((1 + min(passes, SIMULATED_PASSES)) * len(workload.components[name].units) for name, passes in workload.runs)
+    cost = 2 * sum(min(passes, SIMULATED_PASSES) * len(workload.components[name].units) for name, passes in workload.runs)
     trials = FINE_STEPS // max(1, cost)
     if trials < 2 or not shares:
         return shares
 
     def value(candidate: dict[str, Share]) -> tuple[float, int]:
-        p = simulate(workload, candidate, budget_nbytes, link, records=False, brief=True)
+        p = simulate(workload, candidate, budget_nbytes, link, records=False)
         return (p.call_ms if p.peak_nbytes <= budget_nbytes else math.inf, p.h2d_nbytes)
 
     best, least = shares, value(shares)

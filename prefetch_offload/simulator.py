@@ -226,11 +226,11 @@ class _Device:
         if clock.records:
             clock.levels.append(Level(clock.compute, self.residency.held_nbytes))
 
-    def run_call(self, most_passes: int | None = None) -> None:
+    def run_call(self) -> None:
         runs = self.workload.runs
         names = [name for name, _ in runs]
         for i, (name, passes) in enumerate(runs):
-            self.run(name, min(passes, most_passes or passes), tuple(names[i + 1 :] + names[: i + 1]))
+            self.run(name, passes, tuple(names[i + 1 :] + names[: i + 1]))
 
     def run(self, name: str, passes: int, upcoming: tuple[str, ...]) -> None:
         component = self.workload.components[name]
@@ -329,7 +329,6 @@ def simulate(
     link: Link,
     calls: int = 2,
     records: bool = True,
-    brief: bool = False,
 ) -> Prediction:
     """`calls` calls in a row, the first from an empty device; the figures are the last one's.
 
@@ -337,8 +336,6 @@ def simulate(
         shares: for components that do not keep all of their units on the device while they run; others do.
         budget_nbytes: device bytes for weights and activations.
         records: False leaves the timeline empty, for a planner that compares many.
-        brief: of the calls before the last one, simulate one pass of each run: what they leave on the device is nearly the
-            same. `first_ms` then means nothing.
     """
     device = _Device(workload, shares, budget_nbytes, link, records)
     clock = device.clock
@@ -346,7 +343,7 @@ def simulate(
     first_ms = 0.0
     for number in range(calls):
         before = clock.totals()
-        device.run_call(1 if brief and number < calls - 1 else None)
+        device.run_call()
         if number == 0:
             first_ms = clock.totals().ms
     after = clock.totals()

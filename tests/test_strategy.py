@@ -238,3 +238,21 @@ def test_of_two_components_that_both_stream_each_leaves_the_other_room(units: tu
     plan = plan_call(workload, int(share * 52.2 * mb), Link(0.0326))
     assert plan.prediction.peak_nbytes <= plan.budget_nbytes
     assert plan.bound_ms <= plan.prediction.call_ms * (1 + 1e-9) <= 1.1 * plan.bound_ms
+
+
+@pytest.mark.parametrize("gbps", [0.0296, 0.04])
+def test_what_is_read_once_comes_before_what_waits_behind_it(gbps: float) -> None:
+    """The proportions of SDXL in stock's memory: all of the text encoders has room beside the first of the denoiser."""
+    mb = 1_000_000
+    workload = Workload(
+        {
+            "text": uneven(9, 9_963_000, 157.0, "text", mb),
+            "text 2": uneven(9, 10_110_000, 150.0, "text 2", mb),
+            "denoiser": uneven(29, 34_670_000, 636.0, "denoiser", 9_509_000),
+            "vae": uneven(1, 685_000, 73.0, "vae", mb),
+        },
+        (("text", 1), ("text 2", 1), ("denoiser", 3), ("vae", 1)),
+    )
+    plan = plan_call(workload, 44_180_000, Link(gbps))
+    assert plan.prediction.peak_nbytes <= plan.budget_nbytes
+    assert plan.prediction.call_ms <= 1.06 * plan.bound_ms
