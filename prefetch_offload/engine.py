@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import weakref
 
 import torch
 
@@ -11,7 +12,7 @@ from .calls import Memory
 from .component import Component
 from .config import Budget, Settings
 from .errors import OffloadError
-from .holdings import Client
+from .holdings import Call, Client
 from .moves import Moves
 from .planner import plan_entry
 from .planning import ASSUMED_GBPS, EARLY, replan, try_out
@@ -280,11 +281,12 @@ class Engine(Moves):
                 component.stream.begin_again()
 
     # ------------------------------------------------------------------- calls
-    def start_call(self, client: Client, steps: int | None = None) -> None:
+    def start_call(self, call: Call, steps: int | None = None) -> None:
         """A pipeline call begins in this thread, of so many denoising steps if that is known."""
+        client = call.client
         with self._held(), self._change:
-            client.calling += 1
-            self._calls.setdefault(threading.get_ident(), []).append(client)
+            client.in_progress.add(call)
+            self._calls.setdefault(threading.get_ident(), []).append(weakref.ref(call))
             if client.calling == 1:
                 client.order.start(steps)
                 client.entered.clear()
@@ -301,18 +303,14 @@ class Engine(Moves):
                     if not component.bound:
                         self._refresh(component, sampled=False)  # sampled when it is entered
 
-    def leave_call(self, client: Client, failed: bool) -> None:
+    def leave_call(self, call: Call, failed: bool) -> None:
         """The pipeline call returned or raised."""
         with self._held(), self._change:
-            stack = self._calls.get(threading.get_ident(), [])
-            if client not in stack:
-                return  # interrupted before it began
-            stack.remove(client)
-            if not stack:
-                del self._calls[threading.get_ident()]
-            client.calling -= 1
-            if not client.calling:
-                self.end_call(client, failed)
+            call.over = True
+            if self._call() is None:
+                self._calls.pop(threading.get_ident(), None)
+            if call in call.client.in_progress and not call.client.calling:
+                self.end_call(call.client, failed)
 
     def freed(self, client: Client) -> None:
         """diffusers asks for all components to be on the host. Within a call of ours, its end does the rest."""

@@ -29,6 +29,7 @@ from .config import Budget, Settings, parse_budget
 from .engine import Engine
 from .errors import SettingError
 from .hazards import Hazard
+from .holdings import Call
 
 
 def hook_of(module: Any) -> CpuOffload | None:
@@ -229,9 +230,9 @@ class Offload:
         self._adopt_strays()
         client = self._session.client
         client.watched = any(map(callable, (*args, *kwargs.values())))
-        failed = True
+        call, failed = Call(client), True
         try:
-            self._engine.start_call(client, self._steps(args, kwargs))
+            self._engine.start_call(call, self._steps(args, kwargs))
             if client.calling == 1:
                 for component in list(client.components.values()):
                     if component.compiled is not None:
@@ -239,7 +240,10 @@ class Offload:
             yield
             failed = False
         finally:
-            self._engine.leave_call(client, failed)
+            try:
+                self._engine.leave_call(call, failed)
+            finally:
+                call.over = True
 
     def _steps(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
         """The number of denoising steps that a call asks for; None: there is no telling."""

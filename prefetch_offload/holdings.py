@@ -37,6 +37,18 @@ _local = threading.local()
 _clients = itertools.count()
 
 
+class Call:
+    """A pipeline call in progress. Whoever makes it holds it, so that one that was interrupted anywhere ends all the same.
+
+    Attributes:
+        client: the pipeline.
+        over: it has ended.
+    """
+
+    def __init__(self, client: Client) -> None:
+        self.client, self.over = client, False
+
+
 class Client:
     """What the engine knows of one pipeline.
 
@@ -46,7 +58,7 @@ class Client:
         memory: its budget and what its components were measured to need.
         calls: how many calls have ended.
         number: tells clients apart in a trace.
-        calling: depth of pipeline calls in progress.
+        in_progress: pipeline calls that have begun.
         watched: the call was given a callback, which may write to weights.
         entered: components entered in this call, by key.
         shapes: the last shape of each component, by key.
@@ -64,7 +76,7 @@ class Client:
         self.order = CallOrder()
         self.memory = Memory(settings.budget)
         self.calls = 0
-        self.calling = 0
+        self.in_progress: weakref.WeakSet[Call] = weakref.WeakSet()
         self.watched = False
         self.entered: set[str] = set()
         self.shapes: dict[str, object] = {}
@@ -75,6 +87,11 @@ class Client:
         self.plan: CallPlan | None = None
         self.planned_because = ""
         self.number = next(_clients)
+
+    @property
+    def calling(self) -> int:
+        """Pipeline calls in progress, one within another or in several threads."""
+        return sum(not call.over for call in self.in_progress) if self.in_progress else 0
 
 
 class _Change:

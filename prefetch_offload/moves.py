@@ -7,6 +7,7 @@ import functools
 import sys
 import threading
 import warnings
+import weakref
 
 import torch
 
@@ -15,7 +16,7 @@ from .component import Component
 from .config import MIB, Settings, told
 from .device import OUT_OF_MEMORY
 from .errors import BudgetError, OffloadWarning
-from .holdings import Client, Holdings
+from .holdings import Call, Client, Holdings
 from .masters import SlabUnit
 from .planner import EntryPlan, follow, lasting, plan_entry
 from .residency import Await, Dropped, Entered, Instruction, Load, Needed, Prefetched, State
@@ -28,7 +29,7 @@ class Moves(Holdings):
 
     def __init__(self, device: torch.device, settings: Settings) -> None:
         super().__init__(device, settings)
-        self._calls: dict[int, list[Client]] = {}  # by thread
+        self._calls: dict[int, list[weakref.ref[Call]]] = {}  # by thread, outermost first
 
     def _cap(self, component: Component, client: Client) -> int:
         """Device bytes for weights while `component` runs."""
@@ -135,10 +136,18 @@ class Moves(Holdings):
         return held_first(component.order, {u.key: u.nbytes for u in component.units}, share, entered)
 
     def _client(self, component: Component) -> Client:
+        call = self._call()
+        return call.client if call is not None and component.key in call.client.components else component.client
+
+    def _call(self) -> Call | None:
+        """This thread's innermost pipeline call."""
         stack = self._calls.get(threading.get_ident())
-        if stack and component.key in stack[-1].components:
-            return stack[-1]
-        return component.client
+        while stack:
+            call = stack[-1]()
+            if call is not None and not call.over:
+                return call
+            stack.pop()
+        return None
 
     def available(self, client: Client) -> int:
         """Device bytes that weights could take if nothing ran: held now, plus free, less the reserve."""

@@ -82,6 +82,24 @@ def test_an_interrupt_at_the_edges_of_a_change_leaves_the_lock_free(
             assert_consistent(offload)
 
 
+def test_an_interrupt_at_the_edges_of_a_call_leaves_none_in_progress(sim: Any, enable: Any) -> None:
+    x = torch.randn(1, 32, generator=torch.Generator().manual_seed(0))
+    pipe = build()
+    offload = enable(pipe, **UNITS)
+    expected = pipe(x, 2)
+    interrupts = Interrupts("calling", "start_call", "leave_call")
+    places = interrupts.lines(lambda: pipe(x, 2))
+    assert len(places) > 200
+    for place in places[::2]:
+        interrupts.at(place, lambda: pipe(x, 2))
+        assert offload._session.client.calling == 0, interrupts.last
+        offload.budget = None  # refused while a call is in progress
+        if place % 5 == 0:
+            assert torch.equal(pipe(x, 2), expected), interrupts.last
+    assert torch.equal(pipe(x, 2), expected)
+    assert_consistent(offload)
+
+
 def test_an_interrupt_while_a_component_is_collected_leaves_the_lock_free(sim: Any, enable: Any) -> None:
     offload = enable(build(), **UNITS)
     engine = offload._engine
