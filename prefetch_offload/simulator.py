@@ -177,6 +177,7 @@ class _Device:
         self.residency = Residency()
         self.owner: dict[str, str] = {}
         self.nbytes: dict[str, int] = {}
+        self.travel: dict[str, tuple[float, int]] = {}  # what a load takes, and puts on the link; of units loaded before
         for name, component in workload.components.items():
             for unit in component.units:
                 self.residency.add_unit(unit, component.nbytes[unit])
@@ -204,9 +205,11 @@ class _Device:
             name = self.owner[unit]
             if isinstance(instruction, Load):
                 start = max(clock.copy, clock.compute)
-                component = self.workload.components[name]
-                took = component.load_ms(unit, self.link)
-                nbytes = component.link_nbytes(unit)
+                travel = self.travel.get(unit)
+                if travel is None:
+                    component = self.workload.components[name]
+                    travel = self.travel[unit] = component.load_ms(unit, self.link), component.link_nbytes(unit)
+                took, nbytes = travel
                 clock.copy = clock.ready[unit] = start + took
                 clock.copied[name] = clock.copied.get(name, 0.0) + took
                 clock.h2d_nbytes += nbytes
@@ -293,7 +296,7 @@ class _Device:
                 if plan.drops or plan.prefetches:
                     self.carry_out(residency.handle(Prefetched(plan)), act)
             elif window is not None and streamed:
-                drops, _ = window.need(unit)
+                drops = () if unit in window.held else window.need(unit)[0]
                 if drops:
                     self.carry_out(residency.handle(Dropped(tuple(drops))), act)
             if residency.state(unit) is not State.READY:
