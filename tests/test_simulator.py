@@ -650,7 +650,9 @@ def test_memory_figures(sim: Any, mod: Any) -> None:
         assert getattr(mod, f"max_{name}")() == base + 8 * N
         assert getattr(torch.accelerator, name)() == base + 4 * N
         assert getattr(torch.accelerator, f"max_{name}")() == base + 8 * N
-    assert mod.mem_get_info() == torch.accelerator.get_memory_info() == (9 * 4 * N, base + 10 * 4 * N)
+    assert mod.mem_get_info() == (9 * 4 * N, base + 10 * 4 * N)
+    if hasattr(torch.accelerator, "get_memory_info"):  # from PyTorch 2.10 on
+        assert torch.accelerator.get_memory_info() == mod.mem_get_info()
     mod.reset_peak_memory_stats()
     assert mod.max_memory_allocated() == mod.max_memory_reserved() == base + 4 * N
     mod.empty_cache()

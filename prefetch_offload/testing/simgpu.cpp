@@ -15,6 +15,7 @@
 #include <ATen/ops/resize_native.h>
 #include <ATen/ops/set_cpu_dispatch.h>
 #include <ATen/ops/set_native.h>
+#include <ATen/ops/unfold_native.h>
 #include <ATen/ops/view_native.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/extension.h>
@@ -331,6 +332,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("empty_strided", empty_st);
   m.impl("as_strided", as_strided_);
   m.impl("view", view_);
+  m.impl("unfold", TORCH_FN(at::native::unfold));  // `repeat` writes through it
   m.impl("_reshape_alias", reshape_alias_);
   m.impl("resize_", resize__);
   m.impl("_copy_from", copy_from);

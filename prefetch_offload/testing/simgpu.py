@@ -18,7 +18,7 @@ import shutil
 import sys
 import tempfile
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -219,10 +219,18 @@ def _device_module(name: str, ext: types.ModuleType) -> types.ModuleType:
     module.set_rng_state = lambda state, device=None: generator.set_state(state)
 
     module.empty_cache = lambda: None  # nothing is cached: freed memory is free
-    module.mem_get_info = lambda device=None: torch.accelerator.get_memory_info()
+    module.mem_get_info = _memory_of(ext)  # torch.accelerator's own is younger than the oldest PyTorch that is supported
     module.memory_allocated = lambda device=None: ext.counters()["allocated"]
     module.memory_reserved = module.memory_allocated
     module.max_memory_allocated = lambda device=None: ext.counters()["peak"]
     module.max_memory_reserved = module.max_memory_allocated
     module.reset_peak_memory_stats = lambda device=None: torch.accelerator.reset_peak_memory_stats()
     return module  # type: ignore[no-any-return]
+
+
+def _memory_of(ext: types.ModuleType) -> Callable[..., tuple[int, int]]:
+    def mem_get_info(device: object = None) -> tuple[int, int]:
+        counters = ext.counters()
+        return max(0, counters["capacity"] - counters["allocated"]), counters["capacity"]
+
+    return mem_get_info

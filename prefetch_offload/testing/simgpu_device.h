@@ -322,7 +322,8 @@ struct DevAlloc final : c10::DeviceAllocator {
   }
   void resetAccumulatedStats(c10::DeviceIndex) override {}
   void resetPeakStats(c10::DeviceIndex) override { C.peak = C.allocated.load(); }
-  std::pair<size_t, size_t> getMemoryInfo(c10::DeviceIndex) override {
+  // Overrides nothing before PyTorch 2.10, so it does not say so.
+  std::pair<size_t, size_t> getMemoryInfo(c10::DeviceIndex) {
     return {std::max<int64_t>(0, S.capacity - C.allocated), S.capacity.load()};
   }
 };
