@@ -39,7 +39,7 @@ def enable(
         pipe: any diffusers pipeline with a `model_cpu_offload_seq`. Its components move to pinned host memory.
         gpu_id, device: as in `enable_model_cpu_offload`; the same combinations are refused with the same errors.
         budget: device bytes for weights and activations together (``"12GiB"``); None: what is free, less a reserve;
-            ``"stock"``: never more than stock model offload would use.
+            ``"stock"``: never more than stock model offload would use, nor than the device has.
         settings: the other fields of `prefetch_offload.Settings`.
 
     Returns:

@@ -159,7 +159,7 @@ class Memory:
 
         Args:
             available_nbytes: what weights could take if nothing else ran: held by weights now, plus free, less reserve.
-                Used when there is no explicit budget.
+                Used when the budget is no number.
             least_nbytes: what it can run with when its units are streamed; None: it cannot be streamed.
 
         Returns:
@@ -178,7 +178,9 @@ class Memory:
             floor, room = self.stock_floor(), weight_nbytes - self.overhead_nbytes
             if shape in self.activations and floor is not None and shape not in self.alone:
                 room = max(room, floor - self.activations[shape] - self.overhead_nbytes)
-            return max(least, room)
+            # A device that has less than stock offload would take gives what it has.
+            guess = available_nbytes // 4 if weight_nbytes > available_nbytes else 0
+            return max(least, min(room, available_nbytes - self.activations.get(shape, guess)))
         if shape not in self.activations:
             # It runs alone. Half of the budget is left to whatever it needs besides, more if it has to be streamed anyway.
             return weight_nbytes if weight_nbytes <= self.budget // 2 else max(least, self.budget // 4)

@@ -116,7 +116,8 @@ def budget_of(engine: Engine, client: Client) -> int | None:
     """Device bytes for weights and activations; None: not known yet."""
     budget = client.memory.budget
     if budget == "stock":
-        return client.memory.stock_floor()
+        floor = client.memory.stock_floor()
+        return None if floor is None else min(floor, engine.available(client))
     return budget if isinstance(budget, int) else engine.available(client)
 
 

@@ -271,13 +271,14 @@ def test_a_component_that_runs_is_always_given_its_weights(
 
 @settings(deadline=None, max_examples=100)
 @given(history=histories, available=nbytes)
-def test_stock_never_takes_more_than_stock_would(history: History, available: int) -> None:
+def test_stock_never_takes_more_than_stock_would_nor_than_there_is(history: History, available: int) -> None:
     memory = measured("stock", history)
     floor = max((weights + max(runs) for weights, runs in history.values()), default=None)
     assert memory.stock_floor() == floor
     for shape, (weights, runs) in history.items():
         assert floor is not None
-        assert memory.cap(shape, weights, available) == floor - max(runs)
+        assert memory.cap(shape, weights, available, 0) == max(0, min(floor, available) - max(runs))
+        assert memory.cap(shape, weights, available) == max(weights, min(floor, available) - max(runs)), "it cannot be streamed"
 
 
 @settings(deadline=None, max_examples=100)
@@ -288,9 +289,11 @@ def test_under_stock_the_overhead_takes_the_place_of_weights(history: History, a
     memory.overhead_nbytes = overhead
     for shape, (weights, runs) in history.items():
         assert floor is not None
-        assert memory.cap(shape, weights, available, 0) == max(0, floor - max(runs) - overhead)
+        assert memory.cap(shape, weights, available, 0) == max(0, min(floor - overhead, available) - max(runs))
         assert memory.cap(shape, weights, available) >= weights, "it cannot be streamed"
-    assert memory.cap("new", 500, available, 100) == max(100, 500 - overhead)
+    assert memory.cap("new", 500, 500 + available, 100) == max(100, 500 - overhead)
+    if available < 500:  # and some is left to its activations
+        assert memory.cap("new", 500, available, 100) == max(100, min(500 - overhead, available - available // 4))
 
 
 @settings(deadline=None, max_examples=100)

@@ -41,6 +41,19 @@ def budget_of(pipe: Any, share: float) -> int:
     return int(share * weight_nbytes(pipe))
 
 
+@pytest.mark.parametrize("budget", ["stock", None])
+def test_a_device_smaller_than_the_largest_component(budget: str | None, sim: Any, enable: Any) -> None:
+    """Stock offload cannot run there; ours streams in what there is, also where it is to take no more than stock would."""
+    expected = resident_images("flux")
+    pipe = CASES["flux"].build()
+    settle(sim)
+    sim.configure(int(0.6 * sum(p.nbytes for p in pipe.transformer.parameters())), 0, 0, 0)
+    offload = enable(pipe, budget=budget, **UNITS)
+    for seed in range(3):
+        assert draw("flux", pipe, seed).tobytes() == expected[seed].tobytes()
+    assert "ladder" not in offload.stats.counts, "it was known, not found out by running out of memory"
+
+
 @pytest.mark.parametrize("share", [0.15, 0.25, 0.4, 0.6, 0.8, 1.0])
 @pytest.mark.parametrize("name", CASES)
 def test_any_budget(name: str, share: float, sim: Any, enable: Any) -> None:
