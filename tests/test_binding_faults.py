@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import weight_nbytes
+from conftest import DEVICE, weight_nbytes
 from interrupts import Interrupts
 from test_transport_codecs import UNITS, small_chunks, weights
 
+import prefetch_offload
 from prefetch_offload.testing.pipelines import scaled
 
 __all__ = ["small_chunks"]  # for every test here, too
@@ -46,3 +47,28 @@ def test_an_interrupt_while_units_leave(way: str, sim: Any, enable: Any) -> None
     assert offload.stats.d2h_nbytes == 0
     offload.disable()
     assert all(p is own[key] and torch.equal(p, before[key]) for key, p in parameters(pipe).items())
+
+
+@pytest.mark.parametrize("way", ["raw", "fp8"])
+def test_an_interrupt_while_a_pipeline_is_disabled(way: str, sim: Any, enable: Any) -> None:
+    """It can be called as it is, and disabled again; its weights are exact all the while."""
+    pipe = CASE.build(dtype=torch.bfloat16)
+    own, before = parameters(pipe), {key: p.clone() for key, p in weights(pipe)}
+
+    def begin() -> Any:
+        return prefetch_offload.enable(pipe, device=DEVICE, transport=way, verify=False, **UNITS)
+
+    interrupts = Interrupts("detach_hook", "_unhook")
+    with begin():
+        expected = call(pipe)
+    places = interrupts.lines(begin().disable)
+    assert len(places) > 50
+    for place in places[:: 19 if way == "fp8" else 9]:
+        offload = begin()
+        assert interrupts.at(place, offload.disable)
+        if pipe.__dict__.get("_all_hooks"):
+            assert call(pipe) == expected, interrupts.last
+        offload.disable()
+        assert all(p is own[key] and torch.equal(p, before[key]) for key, p in parameters(pipe).items()), interrupts.last
+        engine = offload._engine
+        assert not engine.live() and not engine.units and engine.pins.nbytes == 0, interrupts.last
