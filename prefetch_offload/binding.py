@@ -109,10 +109,10 @@ class Binding:
             # a master may have become another object
             places = [(e, k, m.tensor, m.twin) for m in unit.masters if m.twin is not None for e, k in m.slots]
             unit.places = None
-        unit.shown = False
         for entries, key, tensor, twin in places:
             if entries.get(key) is twin:
                 entries[key] = tensor
+        unit.shown = False  # last: of a unit that is not shown, whatever modules show in place of its masters is a change
         if self._flat:
             self._after_swap()
 
@@ -225,8 +225,8 @@ class Binding:
                 master = by_twin.get(id(shown))
                 if master is None:
                     master = self._masters.get(id(shown))
-                    if master is not None and master.tensor is shown and not master.shown:
-                        slots.append((entries, key, master))  # its unit is not on the device, or was not read
+                    if master is not None and master.tensor is shown:
+                        slots.append((entries, key, master))  # its unit is not on the device, was not read, or was leaving
                         continue
                     if shown.device == self.device:  # made or replaced while on the device
                         if id(shown) not in done:

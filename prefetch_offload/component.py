@@ -130,6 +130,10 @@ class Component(Binding):
             self.settings, self._recode = settings, True
             self._codec = codec_for(settings, self.name, self.module, self.device)
 
+    def renew(self) -> None:
+        """All its units are made anew once it has been adopted again."""
+        self._recode = True
+
     @property
     def on_trial(self) -> bool:
         """How its units travel best is to be measured."""

@@ -19,7 +19,7 @@ from torch import nn
 from . import report as reporting
 from . import trace as tracing
 from .adapter import pipeline as adapter
-from .adapter.entry import attach
+from .adapter.entry import attach, is_cut_off
 from .adapter.hooks import CpuOffload, Session, unwrap
 from .adoption import check_tensors
 from .captured import refuse
@@ -267,12 +267,16 @@ class Offload:
         pipe = self._pipe()
         assert pipe is not None
         known = self._session.client.components
+        for key in [key for key in known if key not in self._engine.components]:  # removed, and interrupted behind that
+            del known[key]
         for name, module in pipe.components.items():
             if not isinstance(module, nn.Module):
                 continue
             hook = hook_of(module)
             if hook is None:
                 self.replaced(name, None, module)
+            elif is_cut_off(unwrap(module), hook):  # a `disable` was interrupted
+                attach(module, hook)
             elif hook.component is not None:  # maybe hooked by a pipeline that shares it, enabled after this one
                 known.setdefault(hook.component.key, hook.component)
 

@@ -251,6 +251,8 @@ class Holdings:
         with self._held(), self._change:
             if component.key not in self.components:
                 return
+            component.renew()  # an interrupt may leave it without some of what its units have
+            self._by_module.pop(component.module, None)
             if component.stream is not None:
                 self._unbind(component)  # some of it is not on the device, where the rest would stay
             bound = component.bound
@@ -259,7 +261,6 @@ class Holdings:
             self._drop([u.key for u in component.units if u.key in self.transport.flights], keep_memory=bound)
             component.stop_casting()
             self._forget(component.key)
-            self._by_module.pop(component.module, None)
 
     def _forget(self, key: str) -> None:
         for unit in self._units_of(key):

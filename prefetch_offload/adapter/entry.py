@@ -172,6 +172,12 @@ def attach(module: nn.Module, hook: CpuOffload) -> None:
         accelerate.hooks.add_hook_to_module(module, hook)
 
 
+def is_cut_off(module: nn.Module, hook: CpuOffload) -> bool:
+    """The module still has `hook`, whose removal was interrupted: nothing enters it."""
+    own = module.__dict__.get("_hf_hook") is hook and "_old_forward" not in module.__dict__
+    return own and not is_entered(type(module))
+
+
 def restore_class(module: nn.Module) -> None:
     """The class, or both classes of a compiled module, as before `attach`."""
     for part in (module, unwrap(module)):

@@ -85,6 +85,7 @@ class CpuOffload(accelerate.hooks.CpuOffload):
         super().__init__(execution_device, prev_module_hook)
         self.session: Session | None = None
         self._component: Component | None = None
+        self._name = ""  # of what it served last
 
     @property
     def component(self) -> Component | None:
@@ -136,7 +137,7 @@ class CpuOffload(accelerate.hooks.CpuOffload):
         if component is None:
             if self.session is None:
                 return super().pre_forward(module, *args, **kwargs)  # type: ignore[no-any-return]
-            self.serve(unwrap(module), self.session, type(module).__name__)
+            self.serve(unwrap(module), self.session, self._name or type(module).__name__)
             component = self.component
         assert component is not None and self.session is not None
         engine = self.session.engine
@@ -165,11 +166,12 @@ class CpuOffload(accelerate.hooks.CpuOffload):
         from .entry import restore_class
 
         component, session = self.component, self.session
-        self._component = None
-        restore_class(module)
+        self._component = None  # interrupted from here on, the next entry takes the module in again
         if component is not None and session is not None:
-            session.client.components.pop(component.key, None)
+            self._name = component.name
             session.engine.detach(component)
+            session.client.components.pop(component.key, None)
+        restore_class(module)
         return module
 
     # ------------------------------------------------------------- what we call
