@@ -160,12 +160,11 @@ class Transport:
         if unit.outdated(look):
             if unit.copied is not None:
                 self.lanes.host_wait(unit.copied, RETIRE_AFTER_COPY)
-                if unit.source.pinned:
-                    self.lanes.note_host("free", _on_host(unit))
+                self.lanes.note_host("free", _on_host(unit))
+                self.lanes.note_host("alloc", _on_host(unit))  # pinned or not: that may change with what it becomes
                 unit.copied = None
             unit.encode()
             unit.sample()
-            self.lanes.note_host("alloc", _on_host(unit))
         if unit.table is None:
             self._lay_table(unit)
         if self._staging is None or self._staging.numel() < unit.payload_nbytes:
