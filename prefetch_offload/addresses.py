@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 NO_ARENA = (
-    "On CUDA with cuda-bindings installed (pip install 'prefetch-offload[cuda-graphs]') units keep their addresses without "
-    "keeping memory. Or give more memory, or do without: stable_addresses=False."
+    "On CUDA with cuda-bindings installed (the extra `cuda-graphs`: pip install '.[cuda-graphs]' in the checkout) units keep "
+    "their addresses without keeping memory. Or give more memory, or do without: stable_addresses=False."
 )
 
 

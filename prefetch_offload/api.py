@@ -198,7 +198,7 @@ def check_budget(pipe: DiffusionPipeline, settings: Settings) -> None:
         raise BudgetError(
             f"budget={budget} bytes ({told(budget)}) is too small for {largest}: streamed block by block, its weights "
             f"take {weights} bytes ({told(weights)}) at once{besides}. Give at least that much, and room for "
-            "activations; a smaller `unit_max` makes blocks smaller."
+            "activations; smaller `unit_min` and `unit_max` make blocks smaller."
         )
 
 

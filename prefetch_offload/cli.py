@@ -117,7 +117,9 @@ def demo(
 @reported
 def bench(
     model: Annotated[str, typer.Option(help="A folder in diffusers' format, or a model of the hub.")],
-    prompt: Annotated[str, typer.Option(help="What to make a picture of.")] = "a serene lake at dawn",
+    prompt: Annotated[
+        str | None, typer.Option(help="What to make a picture of. Default: a lake, where the pipeline takes a prompt.")
+    ] = None,
     budget: Annotated[
         list[str] | None, typer.Option(help="Ours in these budgets, too, like 8GiB or 8GiB,12GiB; may be repeated.")
     ] = None,
@@ -129,7 +131,7 @@ def bench(
     ] = None,
     device: Device = None,
     simulate: Simulate = False,
-    calls: Annotated[int, typer.Option(min=2, help="Of each way; the first is not counted.")] = 3,
+    calls: Annotated[int, typer.Option(min=2, help="Of each way. The median of those after the second is shown.")] = 5,
     out: Annotated[Path | None, typer.Option(help="Write results.csv and curve.png into this folder.")] = None,
     resident: Annotated[bool, typer.Option(help="Also with everything on the device; skip it where it cannot fit.")] = True,
     debug: Debug = False,

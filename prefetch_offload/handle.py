@@ -85,7 +85,8 @@ class Offload:
 
         Raises:
             SettingError: it is no budget, or a call is in progress.
-            BudgetError: some component cannot run in it, whatever is streamed. The budget is as it was.
+            BudgetError: some component's weights cannot, whatever is streamed. The budget is as it was. Activations, which
+                depend on a call's inputs, are for the call to refuse.
         """
         return self._session.settings.budget
 

@@ -40,6 +40,8 @@ class Moves(Holdings):
         smallest += idle
         if isinstance(budget, int) and smallest > budget:
             how = "even when they are streamed block by block" if component.streamable else "which cannot be streamed"
+            if component.points and not component.whole and len(component.units) == 1:
+                how = "all in one unit, which a smaller `unit_min` cuts into several"
             if component.whole:
                 how += ": it is compiled as one graph. Compile its blocks instead (`compile_repeated_blocks()`)"
             if idle:

@@ -137,7 +137,7 @@ class Residency:
         if unit in self._units:
             raise ValueError(f"unit {unit} is known already")
         if nbytes < 0:
-            raise ValueError(f"unit {unit} has {nbytes} bytes")
+            raise ValueError(f"unit {unit} has {nbytes} bytes, fewer than none")
         self._units[unit] = _Unit(nbytes, prefetchable, Load(unit), Await(unit), Drop(unit, arrived=True))
         self._known = None
 

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from test_cli import call, ext, folder, is_error
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from benchmarks import gpu_suite, modes
 from benchmarks.__main__ import app
 from benchmarks.compare import compare
 from benchmarks.offload import Row, write
 from benchmarks.plots import draw
+from prefetch_offload.commands import bench as bench_command
+from prefetch_offload.commands import running
+from prefetch_offload.errors import UnsupportedError
+from prefetch_offload.testing.pipelines import CASES
 
 __all__ = ["ext", "folder"]
 
@@ -47,20 +52,78 @@ def test_bench_is_a_table_a_file_and_a_curve(ext: Any, folder: Path, tmp_path: P
     assert "simulated" in result.output
 
 
+def small_bench(folder: Path, *more: object) -> Result:
+    return call(
+        "bench", "--model", folder, "--simulate", "--steps", 1, "--width", 32, "--height", 32, "--calls", 2, *more,
+    )  # fmt: skip
+
+
+def verdict(result: Result, way: str) -> str:
+    """The last cell of a way's row."""
+    row = next(line for line in result.output.splitlines() if line.startswith(f"│ {way} "))
+    return row.split("│")[-2].strip()
+
+
 def test_bench_says_what_does_not_fit(ext: Any, folder: Path) -> None:
     ext.configure(6 << 20, 0, 0, 0)
-    result = call(
-        "bench", "--model", folder, "--simulate", "--steps", 1, "--width", 32, "--height", 32, "--calls", 2,
-        "--budget", "5632KiB",
-    )  # fmt: skip
+    result = small_bench(folder, "--budget", "5632KiB")
     assert result.exit_code == 0, result.output
-    assert "does not fit" in next(line for line in result.output.splitlines() if line.startswith("│ resident"))
+    assert verdict(result, "resident") == "does not fit"
     assert "prefetch_offload, 5632KiB: " in result.output
 
 
-def test_bench_refuses_before_it_loads(folder: Path) -> None:
+def test_bench_where_nothing_fits_has_no_curve(ext: Any, folder: Path, tmp_path: Path) -> None:
+    ext.configure(1 << 20, 0, 0, 0)
+    result = small_bench(folder, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert result.output.count("does not fit") == 4
+    assert "No way could run, so there is no curve." in result.output
+    rows = list(csv.DictReader((tmp_path / "results.csv").read_text().splitlines()))
+    assert len(rows) == 4 and all(row["error"] and not row["later_s"] for row in rows)
+    assert not (tmp_path / "curve.png").exists()
+
+
+def test_bench_tells_a_refusal_from_a_lack_of_memory(ext: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    enable = bench_command.enable
+
+    def refusing(pipe: Any, **given: Any) -> Any:
+        if given["budget"] == "stock":
+            raise UnsupportedError("the unet is a DTensor.\nAnd more.")
+        return enable(pipe, **given)
+
+    monkeypatch.setattr(bench_command, "enable", refusing)
+    result = small_bench(folder, "--no-resident", "--budget", "1KiB")
+    assert result.exit_code == 0, result.output
+    assert "prefetch_offload, stock's memory: the unet is a DTensor." in result.output
+    assert verdict(result, "prefetch_offload, stock's memory") == "refused"
+    assert verdict(result, "prefetch_offload, 1KiB") == "does not fit"
+
+
+def test_bench_shows_the_median_of_the_calls_after_the_second() -> None:
+    def later_s(*seconds: float) -> float | None:
+        return bench_command.Result("", running.Outcome("", seconds, 0, ())).later_s
+
+    assert later_s(9.0, 5.0, 2.0, 4.0, 3.0) == 3.0
+    assert later_s(9.0, 5.0) == 5.0
+    assert bench_command.Result("", None).later_s is None
+
+
+def test_bench_gives_a_prompt_only_to_pipelines_that_take_one(ext: Any, tmp_path: Path) -> None:
+    CASES["svd"].build().save_pretrained(tmp_path)
+    assert is_error(small_bench(tmp_path), "StableVideoDiffusionPipeline", "needs `image`", "from Python")
+    assert is_error(small_bench(tmp_path, "--prompt", "a cat"), "takes no `prompt`")
+
+
+def test_bench_refuses_before_it_loads(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running, "load", lambda *_: pytest.fail("it was loaded"))
     assert is_error(call("bench", "--model", folder, "--simulate", "--budget", "much"), "much")
     assert is_error(call("bench", "--model", folder, "--simulate", "--dtype", "int3"), "int3", "float16")
+    file = tmp_path / "file"
+    file.write_text("")
+    for out in (file, file / "below"):
+        assert is_error(call("bench", "--model", folder, "--simulate", "--out", out), "that is a file; give a folder")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert is_error(call("bench", "--model", folder, "--simulate", "--out", tmp_path), "matplotlib", "'.[plot]'")
 
 
 # ---------------------------------------------------------------------------------------------------- modes

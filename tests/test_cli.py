@@ -202,7 +202,7 @@ def test_demo_says_when_images_differ(ext: Any, tmp_path: Path, monkeypatch: pyt
 
 def test_demo_needs_matplotlib_and_says_so_before_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert is_error(call("demo", "--out", tmp_path / "out"), "matplotlib", "[plot]")
+    assert is_error(call("demo", "--out", tmp_path / "out"), "matplotlib", "'.[plot]'")
     assert not (tmp_path / "out").exists()
 
 

@@ -126,6 +126,23 @@ def test_below_the_smallest_budget(sim: Any, enable: Any) -> None:
     assert all(a.tobytes() == b.tobytes() for a, b in zip(images, expected, strict=True))
 
 
+def test_a_component_in_one_unit_is_refused_with_the_setting_that_cuts_it(sim: Any, enable: Any) -> None:
+    expected = resident_images("flux")[0]
+    pipe = CASES["flux"].build()
+    offload = enable(pipe, unit_min=1 << 30, unit_max=1 << 30)
+    draw("flux", pipe, 0)
+    transformer = next(c for c in offload._session.client.components.values() if c.name == "transformer")
+    assert len(transformer.units) == 1
+    budget = transformer.nbytes + (64 << 10)
+    offload.budget = budget  # the weights fit; what the call takes besides is the call's to refuse
+    with pytest.raises(BudgetError, match=r"all in one unit, which a smaller `unit_min` cuts into several\. Give") as caught:
+        draw("flux", pipe, 0)
+    assert "cannot be streamed" not in str(caught.value)
+    offload.disable()  # units are cut when weights are taken in
+    enable(pipe, budget=budget, **UNITS)
+    assert draw("flux", pipe, 0).tobytes() == expected.tobytes()
+
+
 def test_the_budget_can_be_set_between_calls(sim: Any, enable: Any) -> None:
     expected = resident_images("flux")
     pipe = CASES["flux"].build()

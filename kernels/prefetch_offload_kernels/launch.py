@@ -55,7 +55,7 @@ def _available(device: torch.device) -> bool:
     except Exception as error:
         warnings.warn(
             f"Triton does not work on {device} ({type(error).__name__}: {error}). PyTorch's operators cast and unpack instead, "
-            "several times slower. A missing C compiler is the usual reason: install one, or set CC.",
+            "with more launches. A missing C compiler is the usual reason: install one, or set CC.",
             KernelWarning,
             stacklevel=3,
         )

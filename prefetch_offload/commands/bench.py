@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import csv
+import inspect
+import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from diffusers import DiffusionPipeline
 from rich.console import Console
 from rich.table import Table
 
 from ..api import enable
 from ..config import MIB, Settings
 from ..device import is_out_of_memory
-from ..errors import OffloadError
-from . import curve, devices, models, running
+from ..errors import BudgetError, OffloadError
+from . import curve, devices, models, picture, running
+
+PROMPT = "a serene lake at dawn"
 
 
 @dataclass(frozen=True)
 class Request:
-    """The command's options."""
+    """The command's options. `prompt`: None: `PROMPT`, if the pipeline takes one."""
 
     model: str
-    prompt: str
+    prompt: str | None = None
     budgets: tuple[str, ...] = ()
     steps: int | None = None
     width: int | None = None
@@ -31,7 +36,7 @@ class Request:
     dtype: str | None = None
     device: str | None = None
     simulate: bool = False
-    calls: int = 3
+    calls: int = 5
     out: Path | None = None
     resident: bool = True
 
@@ -42,6 +47,7 @@ class Result:
 
     Attributes:
         predicted_s, bound_s: of the last call, by our plan; None for others.
+        fits: False: `error` is about memory.
     """
 
     label: str
@@ -49,12 +55,22 @@ class Result:
     error: str = ""
     predicted_s: float | None = None
     bound_s: float | None = None
+    fits: bool = True
+
+    @property
+    def later_s(self) -> float | None:
+        """The median of the calls after the second, or the second: we learn in the first, and plan from then on."""
+        if self.outcome is None:
+            return None
+        seconds = self.outcome.seconds
+        return statistics.median(seconds[2:] or seconds[1:])
 
 
 def bench(request: Request, console: Console) -> bool:
-    """Run all ways in turn and print a table; with `out`, write results.csv and curve.png. False: images differ.
+    """Run all ways, one after the other, and print a table; with `out`, write results.csv and curve.png.
 
-    A way that does not fit is a row that says so.
+    Returns:
+        False: images differ. A way that does not fit, or is refused, is a row that says so.
 
     Raises:
         SettingError, ValueError, OSError: something was asked for that cannot be had.
@@ -63,6 +79,8 @@ def bench(request: Request, console: Console) -> bool:
     for budget in budgets:
         Settings.make(budget)
     models.check_dtype(request.dtype)
+    if request.out is not None:
+        picture.require_folder(request.out)
     device = devices.pick(request.device, request.simulate)
     simulated = devices.simulator(device) is not None
     running.quiet(device, progress=sys.stderr.isatty())
@@ -75,16 +93,20 @@ def bench(request: Request, console: Console) -> bool:
         results.append(_run(label, request, device, dtype))
         running.forget()
         found = results[-1]
-        seconds = found.outcome.later if found.outcome is not None else None
-        console.print(f"{label}: {found.error or f'{seconds:.2f} s'}", soft_wrap=True)
+        console.print(f"{label}: {found.error or f'{found.later_s:.2f} s'}", soft_wrap=True, markup=False)
     reference = next((r.outcome for r in results if r.outcome is not None), None)
     title = f"{request.calls} calls each, on the {devices.describe(device)}" + (" (simulated)" if simulated else "")
     console.print(_table(title, results, reference))
     if request.out is not None:
         request.out.mkdir(parents=True, exist_ok=True)
         _write(request.out / "results.csv", results, reference, simulated)
-        _draw(request.out / "curve.png", f"{request.model} on the {devices.describe(device)}", results)
-        console.print(f"Wrote results.csv and curve.png to {request.out}.", soft_wrap=True)
+        if reference is None:
+            console.print(
+                f"Wrote results.csv to {request.out}. No way could run, so there is no curve.", soft_wrap=True
+            )
+        else:
+            _draw(request.out / "curve.png", f"{request.model} on the {devices.describe(device)}", results)
+            console.print(f"Wrote results.csv and curve.png to {request.out}.", soft_wrap=True)
     ours = [r.outcome for r in results if r.outcome is not None and r.label.startswith("prefetch_offload")]
     return reference is None or all(running.same(o, reference) for o in ours)
 
@@ -93,7 +115,11 @@ def _run(label: str, request: Request, device: torch.device, dtype: torch.dtype)
     pipe = running.load(request.model, dtype)
     pipe.set_progress_bar_config(desc=label, leave=False, disable=not sys.stderr.isatty())
     inputs = running.inputs_for(
-        pipe, prompt=request.prompt, num_inference_steps=request.steps, width=request.width, height=request.height
+        pipe,
+        prompt=_prompt(pipe, request),
+        num_inference_steps=request.steps,
+        width=request.width,
+        height=request.height,
     )
     seeds = (0,) * request.calls
     devices.reset_peak(device)
@@ -113,9 +139,15 @@ def _run(label: str, request: Request, device: torch.device, dtype: torch.dtype)
                 return Result(label, outcome)
             return Result(label, outcome, "", last.predicted_ms / 1e3, last.bound_ms / 1e3)
     except (OffloadError, RuntimeError) as error:  # torch.OutOfMemoryError is one of the latter
-        if isinstance(error, OffloadError) or is_out_of_memory(error):
-            return Result(label, None, str(error).splitlines()[0])
-        raise
+        fits = not isinstance(error, BudgetError) and not is_out_of_memory(error)
+        if fits and not isinstance(error, OffloadError):
+            raise
+        return Result(label, None, str(error).splitlines()[0], fits=fits)
+
+
+def _prompt(pipe: DiffusionPipeline, request: Request) -> str | None:
+    takes = "prompt" in inspect.signature(pipe.__call__).parameters
+    return PROMPT if request.prompt is None and takes else request.prompt
 
 
 def _table(title: str, results: list[Result], reference: running.Outcome | None) -> Table:
@@ -125,12 +157,12 @@ def _table(title: str, results: list[Result], reference: running.Outcome | None)
         made.add_column(heading, justify="right")
     for r in results:
         if r.outcome is None:
-            made.add_row(r.label, "-", "-", "-", "-", "-", "does not fit")
+            made.add_row(r.label, "-", "-", "-", "-", "-", "refused" if r.fits else "does not fit")
             continue
         made.add_row(
             r.label,
             f"{r.outcome.seconds[0]:.2f}",
-            "-" if r.outcome.later is None else f"{r.outcome.later:.2f}",
+            f"{r.later_s:.2f}",
             "-" if r.predicted_s is None else f"{r.predicted_s:.2f}",
             "-" if r.bound_s is None else f"{r.bound_s:.2f}",
             f"{r.outcome.peak_nbytes / MIB:.1f}",
@@ -153,18 +185,18 @@ def _write(path: Path, results: list[Result], reference: running.Outcome | None,
         )
         for r in results:
             o = r.outcome
-            figures = (None,) * 2 if o is None else (o.seconds[0], o.later)
+            figures = (None,) * 2 if o is None else (o.seconds[0], r.later_s)
             peak, verdict = (None, "") if o is None else (o.peak_nbytes, _verdict(o, reference))
             writer.writerow((r.label, simulated, *figures, r.predicted_s, r.bound_s, peak, verdict, r.error))
 
 
 def _draw(path: Path, title: str, results: list[Result]) -> None:
-    done = [(r, r.outcome) for r in results if r.outcome is not None and r.outcome.later is not None]
+    done = [(r, r.outcome) for r in results if r.outcome is not None]
     unit, size = curve.unit_of(max((o.peak_nbytes for _, o in done), default=0))
-    points = sorted((o.peak_nbytes / size, float(o.later or 0), r.bound_s) for r, o in done if r.bound_s is not None)
+    points = sorted((o.peak_nbytes / size, float(r.later_s or 0), r.bound_s) for r, o in done if r.bound_s is not None)
     lines = [curve.Line("measured", tuple(points))] if points else []
     marks = [
-        curve.Mark(r.label, o.peak_nbytes / size, float(o.later or 0), shape)
+        curve.Mark(r.label, o.peak_nbytes / size, float(r.later_s or 0), shape)
         for (r, o), shape in zip([d for d in done if d[0].bound_s is None], "os^Dv", strict=False)
     ]
-    curve.draw(lines, title, path, marks, unit, "measured, the fastest call after the first")
+    curve.draw(lines, title, path, marks, unit, "measured, the median of the calls after the second")

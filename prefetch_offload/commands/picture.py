@@ -80,11 +80,24 @@ def require() -> Any:
     try:
         import matplotlib
     except ImportError as error:
-        raise SettingError("the picture needs matplotlib: pip install 'prefetch-offload[plot]'") from error
+        raise SettingError(
+            "the picture needs matplotlib, which is the extra `plot`: pip install '.[plot]' in the checkout."
+        ) from error
     matplotlib.use("agg")
     from matplotlib import pyplot
 
     return pyplot
+
+
+def require_folder(out: Path) -> None:
+    """Pictures can be drawn into the folder `out`, which need not be there yet. Before anything runs.
+
+    Raises:
+        SettingError: matplotlib is not installed, or `out` is no folder.
+    """
+    require()
+    if any(p.exists() and not p.is_dir() for p in (out, *out.parents)):
+        raise SettingError(f"--out {out}: that is a file; give a folder for the pictures.")
 
 
 def draw(timeline: Timeline, path: Path, title: str, subtitle: str, seconds: Mapping[str, float]) -> None:

@@ -117,9 +117,7 @@ def check(request: Request) -> tuple[list[int], list[float]]:
         raise SettingError(f"--steps {request.steps}: give at least one.")
     models.check_dtype(request.dtype)
     if request.out is not None:
-        picture.require()
-        if request.out.exists() and not request.out.is_dir():
-            raise SettingError(f"--out {request.out}: that is a file; give a folder for the pictures.")
+        picture.require_folder(request.out)
     texts = [text.strip() for given in request.budgets for text in given.split(",")]
     budgets = sorted({parse_nbytes(text, "--budget") for text in texts})
     return budgets, sorted(set(links)) or [DEFAULT_LINK_GBPS]

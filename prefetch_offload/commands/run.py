@@ -49,7 +49,7 @@ def run(request: Request, console: Console) -> bool:
     """
     Settings.make(request.budget)  # a typing error should not wait for the model to load
     if request.against is not None and request.against not in WAYS:
-        raise SettingError(f"--against {request.against}: give {' or '.join(WAYS)}.")
+        raise SettingError(f"--against {request.against}: give stock or resident.")
     models.check_dtype(request.dtype)
     running.check_image_path(request.out)
     device = devices.pick(request.device, request.simulate)

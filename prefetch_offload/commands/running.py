@@ -79,7 +79,7 @@ def inputs_for(pipe: DiffusionPipeline, **wanted: Any) -> dict[str, Any]:
     """The inputs that were given, after a check that this pipeline takes them.
 
     Raises:
-        SettingError: it does not, or it cannot give arrays.
+        SettingError: it does not, or it needs others.
     """
     takes = inspect.signature(pipe.__call__).parameters
     given = {name: value for name, value in wanted.items() if value is not None}
@@ -89,6 +89,13 @@ def inputs_for(pipe: DiffusionPipeline, **wanted: Any) -> dict[str, Any]:
                 f"{type(pipe).__name__} takes no `{name}`: leave it out, or call the pipeline from Python "
                 "(prefetch_offload.enable(pipe))."
             )
+    missing = [p.name for p in takes.values() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    missing = [name for name in missing if name not in given]
+    if missing:
+        raise SettingError(
+            f"{type(pipe).__name__} needs `{'`, `'.join(missing)}`, which is no option here: call the pipeline from Python "
+            "(prefetch_offload.enable(pipe))."
+        )
     if "output_type" in takes:
         given["output_type"] = "np"
     return given
