@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from .casting import keep_twins
 from .codecs import codec_for
 from .compiling import may_be_compiled, uses_cuda_graphs
 from .config import Settings
+from .errors import OffloadWarning
 from .host import Pins
 from .masters import CarriedUnit, Master, SlabUnit, Unit, modules_of, tensors_of, version_of
 from .points import Point, find_points, least_nbytes, traced
@@ -25,6 +27,39 @@ if TYPE_CHECKING:
     from .streaming import Stream
 
 _numbers = itertools.count()
+_EXACT = ("raw", "packed", "auto")  # what arrives is what the masters have
+
+
+def way_of(settings: Settings, name: str) -> tuple[str, bool, str]:
+    """All that says how the weights of the component `name` travel."""
+    return settings.transport_of(name), settings.transport_overflow, settings.originals
+
+
+def agreed(name: str, settings: Settings, others: Sequence[Settings], now: Settings | None = None) -> Settings:
+    """By which settings a component travels that several pipelines share. Where one of them wants it exact, it is: what a
+    lossy way leaves never reaches it. Warns of the ways that are not taken therefore.
+
+    Args:
+        settings: of the pipeline that is enabled now.
+        others: of the others.
+        now: by which it travels.
+    """
+    exact = [s for s in (settings, *others) if s.transport_of(name) in _EXACT]
+    lossy = list(dict.fromkeys(s.transport_of(name) for s in (settings, *others) if s not in exact))
+    if not exact or not lossy:
+        return settings
+    chosen = exact[0]
+    if settings is not chosen and now is not None and any(way_of(s, name) == way_of(now, name) for s in exact):
+        chosen = now
+    warnings.warn(
+        f"{name} is shared by pipelines that are enabled with different transports: {' and '.join(map(repr, lossy))} is not "
+        f"applied to it, since another one is enabled with {chosen.transport_of(name)!r}, which promises the resident "
+        "pipeline's images bit for bit. It travels so for all of them while that one is enabled. Give all of them the same "
+        f"`transport` for {name}, or each a copy of its own.",
+        OffloadWarning,
+        stacklevel=2,
+    )
+    return chosen
 
 
 class Component(Binding):
@@ -123,12 +158,13 @@ class Component(Binding):
                 return False
         return True
 
-    def travel(self, settings: Settings) -> None:
-        """Its pipeline was enabled again: its weights travel as `settings` say once it has been adopted anew."""
-        ways = [(s.transport_of(self.name), s.transport_overflow, s.originals) for s in (self.settings, settings)]
-        if ways[0] != ways[1]:
-            self.settings, self._recode = settings, True
-            self._codec = codec_for(settings, self.name, self.module, self.device)
+    def travel(self, settings: Settings) -> bool:
+        """Its weights travel as `settings` say once it has been adopted anew. Returns whether that is another way."""
+        if way_of(self.settings, self.name) == way_of(settings, self.name):
+            return False
+        self.settings, self._recode = settings, True
+        self._codec = codec_for(settings, self.name, self.module, self.device)
+        return True
 
     def renew(self) -> None:
         """All its units are made anew once it has been adopted again."""

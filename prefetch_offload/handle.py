@@ -45,6 +45,28 @@ def hook_of(module: Any) -> CpuOffload | None:
 _handles: weakref.WeakSet[Offload] = weakref.WeakSet()
 
 
+def sharing(module: nn.Module, session: Session, pipe: DiffusionPipeline | None = None) -> list[Settings]:
+    """Settings of the other enabled pipelines that offload `module`.
+
+    Args:
+        session, pipe: of the one that they are other than; it may be being enabled.
+    """
+    family = [pipe, *adapter.parts_of(pipe)] if pipe is not None else []
+    found = []
+    for offload in list(_handles):
+        other = offload._pipe()
+        if other is None or adapter.offload_of(other) is not offload or not offload.active:
+            continue
+        if offload._session.client is session.client:
+            continue
+        if any(p is other for p in family) or any(p is pipe for p in adapter.parts_of(other)):
+            continue  # a combined pipeline and what it is made of
+        theirs = [m for name, m in other.components.items() if not adapter.left_out(other, name)]
+        if any(isinstance(m, nn.Module) and unwrap(m) is module for m in theirs):
+            found.append(offload.settings)
+    return found
+
+
 def _pipeline_gone(handle: weakref.ref[Offload]) -> None:
     """A handle that outlives its pipeline does not keep the components alive."""
     offload = handle()
@@ -201,10 +223,14 @@ class Offload:
     def _unhook(self, module: nn.Module) -> None:
         """Detach our hook; where another enabled pipeline shares the module, hand it over instead."""
         hook = hook_of(module)
-        if hook is None or hook.session is not self._session:
+        if hook is None or hook.session is None:
             return
         client = self._session.client
         component = hook.component
+        if hook.session.client is not client:  # of a pipeline that shares it, which may have travelled as this one wants
+            client.components.pop(component.key if component is not None else "", None)
+            self._hand_over(module, component, hook.session)
+            return
         heir = self._engine.heir(component, client) if component is not None else None
         if heir is None:
             hook.detach_hook(module)
@@ -215,6 +241,12 @@ class Offload:
         hook.session = dataclasses.replace(self._session, client=heir, settings=heir.settings)
         component.client = heir
         del client.components[component.key]
+        self._hand_over(module, component, hook.session)
+
+    def _hand_over(self, module: nn.Module, component: Component | None, session: Session) -> None:
+        """`component` serves `session` and those that share it, but no longer this pipeline: it travels as they want it."""
+        if component is not None and session._engine is self._engine:
+            self._engine.travel(component, session.settings, sharing(unwrap(module), session, self._pipe()))
 
     # ------------------------------------------------ what the pipeline's class calls
     @property
@@ -306,6 +338,8 @@ class Offload:
                 attach(after, hook)  # the same component, compiled by now, or another pipeline's
             if hook.component is not None:
                 self._session.client.components[hook.component.key] = hook.component
+                if hook.session is not None and hook.session.client is not self._session.client:
+                    hook.session.engine.travel(hook.component, hook.session.settings, sharing(inner, hook.session))
             _stand_in(pipe, old, accelerate.hooks.UserCpuOffloadHook(after, hook))
             return
         check_tensors(name, after)

@@ -7,7 +7,7 @@ import itertools
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 
 import torch
@@ -16,7 +16,7 @@ from torch import nn
 from .addresses import Addresses, addresses_for
 from .adoption import needs_native_move
 from .calls import CallOrder, Memory
-from .component import Component
+from .component import Component, agreed
 from .config import Settings
 from .device import OUT_OF_MEMORY, Lanes
 from .errors import OffloadError, OffloadWarning
@@ -196,8 +196,12 @@ class Holdings:
             self._enrol(component)
 
     # -------------------------------------------------------------- components
-    def component(self, module: nn.Module, settings: Settings, name: str) -> Component:
-        """The component of `module`, taken in as `name` if it is new."""
+    def component(self, module: nn.Module, settings: Settings, name: str, others: Sequence[Settings] = ()) -> Component:
+        """The component of `module`, taken in as `name` if it is new.
+
+        Args:
+            others: settings of the other pipelines that share it.
+        """
         with self._held(), self._change:
             ref = self._by_module.get(module)
             component = ref() if ref is not None else None
@@ -208,7 +212,7 @@ class Holdings:
                         return other
                 parts = [c for c in self.live() if id(c.module) in inside]
                 kind = NativeComponent if needs_native_move(module) else Component
-                component = kind(module, name, self.device, settings, self.pins)
+                component = kind(module, name, self.device, agreed(name, settings, others), self.pins)
                 for part in parts:
                     part.absorbed_by = component
                     self.remove(part)
@@ -221,10 +225,27 @@ class Holdings:
                 self._by_module[module] = weakref.ref(component)
                 finalizer = weakref.finalize(component, _collected, weakref.ref(self), component.key)
                 finalizer.atexit = False
-            elif not component.bound:
-                component.travel(settings)
-                self._refresh(component)
+            else:
+                self.travel(component, settings, others)
             return component
+
+    def travel(self, component: Component, settings: Settings, others: Sequence[Settings] = ()) -> None:
+        """A pipeline that has `component` is enabled, or disabled, with it: let it travel as those that have it now agree.
+
+        Args:
+            settings: of the one that it serves.
+            others: of the others.
+        """
+        with self._held(), self._change:
+            if component.key not in self.components:
+                return
+            changed = component.travel(agreed(component.name, settings, others, component.settings))
+            if component.running:
+                return  # once it has been shown its masters again
+            if component.bound and changed:
+                self._unbind(component)
+            if not component.bound:
+                self._refresh(component)
 
     def detach(self, component: Component) -> None:
         """`component` lost its hook: remove it, or, while hooks are being replaced, see later whether it got a new one."""
@@ -232,6 +253,9 @@ class Holdings:
         if orphans is None:
             self.remove(component)
         else:
+            with self._held(), self._change:
+                if component.bound and not component.running:  # moved to the host as it is shown now, it would be a change
+                    self._unbind(component)
             orphans.append((self, component))
 
     def heir(self, component: Component, leaving: Client) -> Client | None:

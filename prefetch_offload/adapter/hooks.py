@@ -11,6 +11,7 @@ from typing import Any
 import accelerate.hooks
 import torch
 from accelerate.utils import send_to_device
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from ..captured import refuse_compiled
@@ -94,10 +95,12 @@ class CpuOffload(accelerate.hooks.CpuOffload):
             self._component = self._component.absorbed_by
         return self._component
 
-    def serve(self, module: nn.Module, session: Session, name: str) -> None:
-        """Take `module` in."""
+    def serve(self, module: nn.Module, session: Session, name: str, pipe: DiffusionPipeline | None = None) -> None:
+        """Take `module` in, for the pipeline `pipe` if that is being enabled."""
+        from ..handle import sharing
+
         self.session = session
-        component = session.engine.component(module, session.settings, name)
+        component = session.engine.component(module, session.settings, name, sharing(module, session, pipe))
         component.client = session.client
         known = session.client.components
         for key in [k for k, c in known.items() if c.absorbed_by is component]:

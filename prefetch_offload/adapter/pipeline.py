@@ -50,7 +50,7 @@ def hook_component(session: Session, pipe: DiffusionPipeline, module: nn.Module,
         hook.session = session  # someone else's hook is there: stand beside it, as accelerate would
         accelerate.hooks.add_hook_to_module(module, hook, append=True)
     else:
-        hook.serve(inner, session, name_of(pipe, module))
+        hook.serve(inner, session, name_of(pipe, module), pipe)
         attach(module, hook)
     return module, accelerate.hooks.UserCpuOffloadHook(module, hook)
 
