@@ -132,6 +132,12 @@ class EncodedUnit(SlabUnit):
         self._pins.pin(slab)
         self.dirty = False
 
+    def encoded_pieces(self) -> list[tuple[int, int, Descriptor]]:
+        """Of each piece: where it lies in the unit, where what it became ends in what travels, and the descriptor."""
+        ends = [*(d.source_offset for d in self.descriptors[1:]), self.encoded.nbytes]
+        offsets = [offset for offset, _, _ in self._parts]
+        return list(zip(offsets, ends, self.descriptors, strict=True))
+
     def outdated(self, look: bool) -> bool:
         """The masters were written since they were encoded.
 
