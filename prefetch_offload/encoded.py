@@ -179,7 +179,9 @@ class EncodedUnit(SlabUnit):
             self.encoded = slab
         for master, offset in zip(self.masters, self._offsets, strict=True):
             master.settle(slab, offset)
-        self.slab, self._sample = slab, None
+        self.slab = slab
+        if self._tells:
+            self._sample = None
 
     def sample(self) -> None:
         if not self._tells:
