@@ -214,7 +214,8 @@ class Binding:
         merged = rewritten | {
             id(p) for m, before in self._merged if tuple(m.merged_adapters) != before for p in m.parameters()
         }
-        unwritten = {u.key for u in self.units if isinstance(u, UpcastUnit) and not self.by_hand and u.unwritten()}
+        upcast = [u for u in self.units if isinstance(u, UpcastUnit) and not self.by_hand]
+        unwritten = {id(m) for u in upcast for m in u.unwritten()}
         by_twin = {id(m.twin): m for m in self._masters.values() if m.shown}
         done: dict[int, torch.Tensor] = {}
         moved_away: set[int] = set()
@@ -238,7 +239,7 @@ class Binding:
                     continue
                 done[id(shown)] = shown
                 moved = shown.data_ptr() != master.twin_ptr
-                if moved and master.unit is not None and master.unit.key in unwritten and master.take_home(shown):
+                if moved and master.unit is not None and id(master) in unwritten and master.take_home(shown):
                     moved_away.add(id(master))
                     master.twin = master.twin_data = master.unit.places = None
                 elif moved or shown._version != master.twin_version or id(shown) in merged:

@@ -132,6 +132,12 @@ class EncodedUnit(SlabUnit):
         self._pins.pin(slab)
         self.dirty = False
 
+    def encoded_pieces(self) -> list[tuple[int, int, Descriptor]]:
+        """Of each piece: where it lies in the unit, where what it became ends in what travels, and the descriptor."""
+        ends = [*(d.source_offset for d in self.descriptors[1:]), self.encoded.nbytes]
+        offsets = [offset for offset, _, _ in self._parts]
+        return list(zip(offsets, ends, self.descriptors, strict=True))
+
     def outdated(self, look: bool) -> bool:
         """The masters were written since they were encoded.
 
@@ -173,7 +179,9 @@ class EncodedUnit(SlabUnit):
             self.encoded = slab
         for master, offset in zip(self.masters, self._offsets, strict=True):
             master.settle(slab, offset)
-        self.slab, self._sample = slab, None
+        self.slab = slab
+        if self._tells:
+            self._sample = None
 
     def sample(self) -> None:
         if not self._tells:

@@ -1,15 +1,16 @@
 """Components that are cast up within a call, as pipelines do with a VAE that overflows in float16.
 
-The values are those that lie in pinned memory already, in half of the bytes: these travel, and are cast on arrival. Casting
-back later gives the bytes that were there, so that nothing has to come back from the device either.
+The values are those that lie in pinned memory already, in half of the bytes or, encoded, in fewer: these travel, and are cast
+on arrival. Casting back later gives what was there, so that nothing has to come back from the device either.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
-from prefetch_offload_kernels import Descriptor
+from prefetch_offload_kernels import PACKED_BF16, Descriptor
 
 from .codecs import SLAB_ALIGNMENT, dense, holds
 from .config import MIB
@@ -35,7 +36,7 @@ class _Stretch:
 
 
 class UpcastUnit(EncodedUnit):
-    """Masters that were cast up. What travels is what another unit has of them in its slab.
+    """Masters that were cast up. What travels is what another unit has of them in its slab, or what it had encoded.
 
     Attributes:
         donor: that unit, which is suspended meanwhile.
@@ -51,12 +52,13 @@ class UpcastUnit(EncodedUnit):
         slab: Any = _Stretch(align(end, 8))
         super().__init__(key, slab, masters, parts, None, pins)  # type: ignore[arg-type]
         self.place(offsets)
-        base = donor.slab.bytes.data_ptr()
-        homes = [(m.home.data_ptr() - base, span_nbytes(m.home)) for m in masters if m.home is not None]
-        begin = min(at for at, _ in homes) // SLAB_ALIGNMENT * SLAB_ALIGNMENT
-        source: Any = _Stretch(max(at + nbytes for at, nbytes in homes) - begin, donor.slab, begin)
+        travelling = _travelling(donor)
+        homes = [travelling[id(m)] for m in masters]
+        begin = min(first for first, _, _ in homes) // SLAB_ALIGNMENT * SLAB_ALIGNMENT
+        source: Any = _Stretch(max(end for _, end, _ in homes) - begin, donor.source, begin)
         self.descriptors = tuple(
-            _descriptor(m, at - begin, offset) for m, (at, _), offset in zip(masters, homes, offsets, strict=True)
+            _descriptor(m, first - begin, offset, encoded)
+            for m, (first, _, encoded), offset in zip(masters, homes, offsets, strict=True)
         )
         self.encoded, self.payload_nbytes = source, source.nbytes
         self._versions = [version_of(m.tensor) for m in masters]
@@ -99,11 +101,22 @@ class UpcastUnit(EncodedUnit):
     def stale(self) -> bool:
         return False
 
-    def unwritten(self) -> bool:
-        """It is on the device as it arrived there. The host waits."""
-        written = any(m.twin is None or m.twin._version != m.twin_version for m in self.masters)
+    def changed(self) -> None:
+        super().changed()
+        if isinstance(self.donor, EncodedUnit):
+            self.donor.dirty = True  # what is written back lies in its slab
+
+    def unwritten(self) -> list[Master]:
+        """Those that are on the device as they arrived there. The host waits."""
         arrived = self.shown and self.present and self.remembered  # one that is not shown may be on its way
-        return arrived and not self.dirty and not written and self.encodings == 1 and not self.rewritten()
+        if not arrived or self.dirty or self.encodings > 1:
+            return []
+        rewritten = set(map(id, self.rewritten()))
+        return [
+            m
+            for m in self.masters
+            if m.twin is not None and m.twin._version == m.twin_version and id(m) not in rewritten
+        ]
 
     def _make_twin(self, master: Master, offset: int) -> None:
         home, master.home = master.home, None  # that of the donor, in another type
@@ -117,9 +130,39 @@ class UpcastUnit(EncodedUnit):
         self.table = self._index = self._device_mask = self._arrived = None
 
 
-def _descriptor(master: Master, source: int, target: int) -> Descriptor:
+def _travelling(donor: SlabUnit) -> dict[int, tuple[int, int, Descriptor | None]]:
+    """By identities of masters: where what travels of each begins and ends, and how that was encoded; None: it was not.
+
+    Those that cannot become another type than the one they were encoded from are left out.
+    """
+    base = donor.slab.bytes.data_ptr()
+    homes = [(m, m.home.data_ptr() - base, span_nbytes(m.home)) for m in donor.masters if m.home is not None]
+    if not isinstance(donor, EncodedUnit):
+        return {id(m): (at, at + nbytes, None) for m, at, nbytes in homes}
+    found: dict[int, tuple[int, int, Descriptor | None]] = {}
+    pieces = donor.encoded_pieces()
+    for master, at, nbytes in homes:
+        piece, end, descriptor = next(p for p in pieces if p[0] <= at < p[0] + p[2].target_nbytes)
+        if descriptor.source == descriptor.target:
+            first = descriptor.source_offset + at - piece
+            found[id(master)] = (first, first + nbytes, None)
+        elif descriptor.source != PACKED_BF16 or master.in_place:
+            found[id(master)] = (descriptor.source_offset, end, descriptor)
+    return found
+
+
+def _descriptor(master: Master, source: int, target: int, encoded: Descriptor | None) -> Descriptor:
     home, tensor = master.home, master.tensor
     assert home is not None
+    if encoded is not None:
+        scale = encoded.scale_offset
+        return dataclasses.replace(
+            encoded,
+            source_offset=source,
+            target_offset=target,
+            target=tensor.dtype,
+            scale_offset=None if scale is None else source + scale - encoded.source_offset,
+        )
     if master.in_place:
         return Descriptor(source, target, span_nbytes(tensor), torch.uint8, torch.uint8, name=master.name)
     return Descriptor(source, target, tensor.numel(), home.dtype, tensor.dtype, name=master.name)
@@ -131,11 +174,18 @@ def upcast_units(prefix: str, suspended: list[SlabUnit], fresh: list[Master], pi
     made: list[UpcastUnit] = []
     for donor in suspended:
         masters = [m for m in donor.masters if m.tensor.numel()]
-        if type(donor) is not SlabUnit or any(id(m) not in present for m in donor.masters):
+        if type(donor) not in (SlabUnit, EncodedUnit) or any(id(m) not in present for m in donor.masters):
             continue
         if not any(_wider(m) for m in masters) or not all(_lies_in(m, donor) for m in masters):
             continue
         if _overlap(masters) or not all(m.in_place or _is_upcast(m) for m in masters):
+            continue
+        if isinstance(donor, EncodedUnit) and donor.outdated(look=True):
+            if donor.copied is not None:
+                donor.copied.synchronize()
+                donor.copied = None
+            donor.encode()
+        if not all(id(m) in _travelling(donor) for m in masters):
             continue
         run: list[Master] = []
         nbytes = 0

@@ -3,17 +3,20 @@ upcast within a call."""
 
 from __future__ import annotations
 
+import copy
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import DEVICE, settle, weight_nbytes
-from test_transport_codecs import PIPES, UNITS, build, draw, encoded_units, small_chunks, weights
+from test_transport_codecs import PIPES, UNITS, build, draw, encoded_units, fp8_rounded, small_chunks, weights
 
 from prefetch_offload import codecs
 from prefetch_offload.codecs import Packed, Piece
 from prefetch_offload.testing.pipelines import CASES
+from prefetch_offload.units import align
 
 __all__ = ["small_chunks"]  # for every test here, too
 
@@ -98,12 +101,40 @@ def picture(pipe: Any, seed: int = 0) -> bytes:
     return np.asarray(UPCAST.call(pipe, seed=seed)).tobytes()
 
 
-def test_a_vae_that_is_cast_up_travels_as_what_it_was(sim: Any, enable: Any) -> None:
-    """Without prefetch, so that it moves once: half of the bytes that it is used in, and nothing comes back."""
-    expected = [picture(UPCAST.build().to(DEVICE), seed) for seed in range(2)]
+def resident_upcast(transport: Any) -> Any:
+    """The pipeline on the device, its weights as they arrive: as fp8 a VAE is rounded once, to the type that it is cast to."""
     pipe = UPCAST.build()
-    offload = enable(pipe, prefetch=False, **UNITS)
+    if transport in ("raw", "packed"):
+        return pipe.to(DEVICE)
+    wide = copy.deepcopy(pipe.vae).float()
+    fp8_rounded(SimpleNamespace(components={"vae": wide}))
+    arriving = {key: p.detach().to(DEVICE) for key, p in wide.named_parameters()}
+    if transport == "fp8":
+        fp8_rounded(pipe)
+    vae, stock = pipe.to(DEVICE).vae, pipe.vae.to
+
+    def to(*args: Any, **kwargs: Any) -> Any:
+        result = stock(*args, **kwargs)
+        for key, p in vae.named_parameters():
+            if p.dtype == torch.float32:
+                p.data.copy_(arriving[key])
+        return result
+
+    vae.to = to
+    return pipe
+
+
+@pytest.mark.parametrize("transport", ["raw", "packed", "fp8", {"vae": "fp8"}], ids=["raw", "packed", "fp8", "vae-fp8"])
+def test_a_vae_that_is_cast_up_travels_as_what_it_was(transport: Any, sim: Any, enable: Any) -> None:
+    """Without prefetch, so that it moves once: as half of the bytes that it is used in, or fewer, and nothing comes back."""
+    truth = resident_upcast(transport)
+    expected = [picture(truth, seed) for seed in range(2)]
+    del truth
+    pipe = UPCAST.build()
+    offload = enable(pipe, transport=transport, prefetch=False, **UNITS)
     parts = {c.name: c for c in offload.stats.components}
+    narrow = sum(align(p.nbytes) for p in pipe.vae.parameters())
+    assert parts["vae"].link_nbytes <= (0.75 if "fp8" in str(transport) else 1.02) * narrow
     before = {key: p.detach().clone() for key, p in pipe.vae.named_parameters()}
     sent = 0
     for seed in range(2):
@@ -116,9 +147,40 @@ def test_a_vae_that_is_cast_up_travels_as_what_it_was(sim: Any, enable: Any) -> 
         assert sim.counters()["h2d_pinned"] == sum(moved.values()) - sent, "out of pinned memory, like all weights"
         sent = sum(moved.values())
         assert offload.stats.d2h_nbytes == 0
+    assert {u.encodings for u in encoded_units(offload)} <= {1}
     assert all(torch.equal(before[key], p) and p.dtype == torch.float16 for key, p in pipe.vae.named_parameters())
     offload.disable()
     assert all(torch.equal(before[key], p) for key, p in pipe.vae.named_parameters())
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_vae_that_was_edited_is_encoded_anew_when_it_is_cast_up(marked: bool, sim: Any, enable: Any) -> None:
+    """Edited between calls, it is next loaded when it has been cast up already."""
+
+    def images(pipe: Any, then: Any) -> list[bytes]:
+        made = [picture(pipe)]
+        for weight in (pipe.vae.decoder.conv_in.weight, pipe.vae.decoder.conv_out.weight):
+            if marked:
+                with torch.no_grad():
+                    weight.mul_(1.5)
+            else:
+                weight.data.mul_(1.5)
+        then()
+        return [*made, picture(pipe), picture(pipe)]
+
+    pipe = UPCAST.build()
+    offload = enable(pipe, transport={"vae": torch.float8_e5m2}, transport_overflow=True, **UNITS)
+    made = images(pipe, offload.release)
+    assert made[0] != made[1] == made[2]
+    assert {u.encodings for u in encoded_units(offload)} == {1, 2} and offload.stats.d2h_nbytes == 0
+    offload.disable()
+    fresh = UPCAST.build()
+    with torch.no_grad():
+        for weight in (fresh.vae.decoder.conv_in.weight, fresh.vae.decoder.conv_out.weight):
+            weight.mul_(1.5)
+    other = enable(fresh, transport={"vae": torch.float8_e5m2}, transport_overflow=True, **UNITS)
+    assert picture(fresh) == made[1]
+    assert other.stats.d2h_nbytes == 0
 
 
 @pytest.mark.parametrize("marked", [True, False])
@@ -157,3 +219,39 @@ def test_a_vae_that_is_written_after_it_was_cast_up(when: str, marked: bool, sim
     enable(pipe, **UNITS)
     picture(pipe)
     assert changing(pipe) == expected
+
+
+@pytest.mark.parametrize("originals", ["file", "memory"])
+@pytest.mark.parametrize("marked", [True, False])
+def test_of_a_vae_that_arrived_rounded_only_what_was_written_comes_back(
+    marked: bool, originals: str, sim: Any, enable: Any
+) -> None:
+    """The other weights stay exact, those of the same unit, too; what came back is encoded anew."""
+    pipe = UPCAST.build()
+    before = {key: p.detach().clone() for key, p in pipe.vae.named_parameters()}
+    settings = {"transport": {"vae": "fp8"}, "originals": originals, "fingerprints": False, **UNITS}
+    offload = enable(pipe, **settings)
+    arrived: list[torch.Tensor] = []
+
+    def scale(*_: Any) -> None:
+        weight = pipe.vae.decoder.conv_in.weight
+        arrived.append(weight.detach().cpu().clone())
+        if marked:
+            with torch.no_grad():
+                weight.mul_(1.25)
+        else:
+            weight.data.mul_(1.25)
+
+    handle = pipe.vae.decoder.conv_in.register_forward_pre_hook(scale)
+    picture(pipe)
+    handle.remove()
+    after = {key: p.detach().clone() for key, p in pipe.vae.named_parameters()}
+    assert [key for key in before if not torch.equal(before[key], after[key])] == ["decoder.conv_in.weight"]
+    assert arrived[0].dtype == torch.float32 and not torch.equal(arrived[0], before["decoder.conv_in.weight"].float())
+    assert torch.equal(after["decoder.conv_in.weight"], (arrived[0] * 1.25).half())
+    assert offload.stats.d2h_nbytes == after["decoder.conv_in.weight"].nbytes
+    second = picture(pipe)
+    other = UPCAST.build()
+    other.vae.load_state_dict(after, strict=False)
+    enable(other, **settings)
+    assert picture(other) == second
