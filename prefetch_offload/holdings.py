@@ -319,6 +319,9 @@ class Holdings:
             for unit in gone:
                 if unit not in component.suspended_units:
                     self._forget_unit(unit)
+            for unit in component.units:
+                if unit.key not in self.units and isinstance(unit, SlabUnit):
+                    unit.pin(self.pins)  # refused, maybe, while what has just gone was pinned
             self._enrol(component)
         stale = component.written()
         if sampled and component.settings.fingerprints:

@@ -62,6 +62,18 @@ def _mapping(nbytes: int) -> mmap.mmap:
     return memory
 
 
+def _tensor(memory: Any, nbytes: int, offset: int = 0) -> torch.Tensor:
+    """Tensor [nbytes] uint8 over `memory`; one that can be written to later, though it is made under inference mode."""
+    with torch.inference_mode(False):
+        return torch.frombuffer(memory, dtype=torch.uint8, count=nbytes, offset=offset)
+
+
+def _pinned_tensor(nbytes: int) -> torch.Tensor:
+    """Likewise, in memory of the backend's pinned allocator. Raises RuntimeError."""
+    with torch.inference_mode(False):
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+
+
 class Slab:
     """`nbytes` of host memory for one unit.
 
@@ -74,13 +86,13 @@ class Slab:
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
         self._memory: Any = _mapping(-(-nbytes // _PAGE) * _PAGE)
-        self.bytes = torch.frombuffer(self._memory, dtype=torch.uint8, count=nbytes)
+        self.bytes = _tensor(self._memory, nbytes)
         self.pinned = False
         self._unpin: weakref.finalize | None = None
 
     def view(self, offset: int, nbytes: int) -> torch.Tensor:
         """Tensor [nbytes] uint8 at `offset`, with a storage of its own: copying or saving it does not take the slab along."""
-        return torch.frombuffer(self._memory, dtype=torch.uint8, count=nbytes, offset=offset)
+        return _tensor(self._memory, nbytes, offset)
 
     def unpin(self) -> None:
         """Release the pin. No copy from the slab may be in flight.
@@ -91,8 +103,7 @@ class Slab:
         if self._unpin is not None:
             if not isinstance(self._memory, mmap.mmap):
                 memory = _mapping(-(-self.nbytes // _PAGE) * _PAGE)
-                ordinary = torch.frombuffer(memory, dtype=torch.uint8, count=self.nbytes)
-                self._memory, self.bytes = memory, ordinary.copy_(self.bytes)
+                self._memory, self.bytes = memory, _tensor(memory, self.nbytes).copy_(self.bytes)
             alive = self._unpin.peek()
             if alive is not None:
                 _, release, args, _ = alive
@@ -112,7 +123,7 @@ class Ring:
 
     def __init__(self, nbytes: int) -> None:
         self.chunk = max(nbytes // 2 // _PAGE, 1) * _PAGE
-        self.slots = [torch.empty(self.chunk, dtype=torch.uint8, device="cpu", pin_memory=True) for _ in range(2)]
+        self.slots = [_pinned_tensor(self.chunk) for _ in range(2)]
 
     @property
     def nbytes(self) -> int:
@@ -122,8 +133,11 @@ class Ring:
 class Pins:
     """The pinned host memory of one device.
 
+    What goes beyond the limit is refused by counting. What the host itself refuses is not known to be possible until others
+    have given up as much: it is not asked again for more than that.
+
     Attributes:
-        limit: no more than this is pinned.
+        limit: no more than this is pinned, the ring aside.
     """
 
     def __init__(self, device: torch.device, limit: int | None = None, staging: int = 64 * MIB, enabled: bool = True):
@@ -134,7 +148,8 @@ class Pins:
         self._pinned: dict[int, int] = {}  # address -> bytes
         self._lock = threading.Lock()
         self._ring: Ring | None = None
-        self._refused = False
+        self._warned = False
+        self._given_up: int | None = None  # bytes unpinned since the host refused; None: it has not
         self._ring_refused = False
         module = torch.get_device_module(device)
         self._cudart = module.cudart() if hasattr(module, "cudart") else None
@@ -146,9 +161,12 @@ class Pins:
 
     def pin(self, slab: Slab) -> bool:
         """Pin a filled slab. False, with one warning for all, when the host refuses; the slab is as it was."""
-        if not self._enabled or self._refused or slab.pinned:
+        if not self._enabled or slab.pinned:
             return slab.pinned
-        if self.nbytes + slab.nbytes > self.limit:
+        if self._given_up is not None and slab.nbytes > self._given_up:
+            return False
+        # The ring does not count: it comes with the first refusal, and what was pinned before that fits beside it.
+        if sum(self._pinned.values()) + slab.nbytes > self.limit:
             way = "give more with `pinned_limit` or to the container"
             return self._refuse(slab, f"the limit of {told(self.limit)} for pinned memory is reached", way)
         if self._cudart is None:
@@ -165,38 +183,52 @@ class Pins:
                 slab._unpin.detach()
                 slab._unpin = None
                 del self._pinned[address]
+                self._given_up = 0
                 return self._refuse(slab, f"registering memory failed with code {code}")
-        slab.pinned = True
+        self._take(slab)
         return True
 
     def _unregister(self, address: int) -> None:
         with torch.accelerator.device_index(self._device.index):
             if int(self._cudart.cudaHostUnregister(address)):
                 clear_last_error(self._cudart)  # interrupted before it was registered
-        self._pinned.pop(address, None)
+        self._give_up(address)
+
+    def _take(self, slab: Slab) -> None:
+        slab.pinned = True
+        if self._given_up is not None:
+            self._given_up -= slab.nbytes
+
+    def _give_up(self, address: int) -> None:
+        nbytes = self._pinned.pop(address, 0)
+        if self._given_up is not None:
+            self._given_up += nbytes
 
     def _pin_by_copy(self, slab: Slab) -> bool:
         """Move the slab into memory of the backend's pinned allocator."""
         try:
-            pinned = torch.empty(slab.nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+            pinned = _pinned_tensor(slab.nbytes)
         except RuntimeError as error:
+            self._given_up = 0
             return self._refuse(slab, str(error).splitlines()[0])
         pinned.copy_(slab.bytes)
         buffer = (ctypes.c_char * slab.nbytes).from_address(pinned.data_ptr())
         buffer.owner = pinned  # type: ignore[attr-defined]
         slab._memory, slab.bytes = buffer, pinned
-        slab.pinned = True
         self._pinned[pinned.data_ptr()] = slab.nbytes
-        slab._unpin = weakref.finalize(slab, self._pinned.pop, pinned.data_ptr(), None)
+        slab._unpin = weakref.finalize(slab, self._give_up, pinned.data_ptr())
         slab._unpin.atexit = False
+        self._take(slab)
         return True
 
     def _refuse(self, slab: Slab, why: str, way_out: str = "raise `ulimit -l` or the container's memory limit") -> bool:
-        self._refused = True
+        if self._warned:
+            return False
+        self._warned = True
         warnings.warn(
             f"prefetch_offload could not pin {told(slab.nbytes)} of host memory: {why} "
-            f"({told(self.nbytes)} are pinned). The remaining weights stay in ordinary memory and travel through a "
-            "small pinned ring when they are needed, without prefetch: correct, but each of them is waited for. "
+            f"({told(self.nbytes)} are pinned). What is not pinned stays in ordinary memory and travels through a "
+            "small pinned ring when they are needed, without prefetch: correct, but each unit of it is waited for. "
             f"To avoid it, {way_out}, or use smaller or quantised weights.",
             OffloadWarning,
             stacklevel=2,
@@ -217,4 +249,5 @@ class Pins:
         """Nothing is offloaded any more: give the ring back, and let the host be asked again. No copy may be in flight."""
         with self._lock:
             self._ring = None
-            self._refused = self._ring_refused = False
+            self._given_up = None
+            self._warned = self._ring_refused = False

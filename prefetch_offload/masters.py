@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .host import Slab
+from .host import Pins, Slab
 from .units import align
 
 if TYPE_CHECKING:
@@ -347,11 +347,22 @@ class SlabUnit(Unit):
         self.addresses, self.bytes, self.nbytes = addresses, None, nbytes
         super().abandon()
 
+    def pin(self, pins: Pins) -> None:
+        """Pin what travels, if it is not pinned and there is room by now. It has not travelled yet."""
+        before = self.slab.bytes.data_ptr()
+        if not self.source.pinned:
+            pins.pin(self.source)
+            self._follow(before)
+
     def retire(self) -> None:
         self.settle_at(None)
         before = self.slab.bytes.data_ptr()
         self.slab.unpin()
-        if self.slab.bytes.data_ptr() != before:  # it was the backend's pinned memory, and had to move
+        self._follow(before)
+
+    def _follow(self, before: int) -> None:
+        """The slab lay at `before`: let the masters show where it lies now."""
+        if self.slab.bytes.data_ptr() != before:  # it is the backend's pinned memory, or was: that is no place to stay
             for master, offset in zip(self.masters, self._offsets, strict=True):
                 if master.in_place and master.unit is self:  # not one that another unit has taken in by now
                     master.settle(self.slab, offset)

@@ -51,9 +51,9 @@ class Flight:
 class Transport:
     """Moves units between the host and one device, ordered by events only ([Note: stream order]).
 
-    Encoded units arrive in a *staging* buffer first. It is the size of the largest of them, and there is one: copying into
-    it and casting out of it are put on the same stream, where a second one would only wait behind the first. It is
-    allocated on that stream, too, and so are the tables: nothing else ever orders them.
+    Encoded units arrive in a *staging* buffer first. It is the size of the largest of those there are, and there is one:
+    copying into it and casting out of it are put on the same stream, where a second one would only wait behind the first.
+    It is allocated on that stream, too, and so are the tables: nothing else ever orders them.
     """
 
     def __init__(self, lanes: Lanes, pins: Pins) -> None:
@@ -151,6 +151,11 @@ class Transport:
             self.lanes.note("free", self.lanes.copy, _STAGING)
             self._staging = None
 
+    def _fit_staging(self) -> None:
+        """Hold no larger one than is counted: what its size came from is gone, or has become smaller."""
+        if self._staging is not None and self._staging.numel() > self._staging_nbytes:
+            self.release_staging()
+
     def _lay_table(self, unit: EncodedUnit) -> None:
         with torch.inference_mode(False), self.lanes.copy:
             prepare(unit.lay_table(self.lanes.device))
@@ -160,12 +165,12 @@ class Transport:
         if unit.outdated(look):
             if unit.copied is not None:
                 self.lanes.host_wait(unit.copied, RETIRE_AFTER_COPY)
-                if unit.source.pinned:
-                    self.lanes.note_host("free", _on_host(unit))
+                self.lanes.note_host("free", _on_host(unit))
+                self.lanes.note_host("alloc", _on_host(unit))  # pinned or not: that may change with what it becomes
                 unit.copied = None
             unit.encode()
             unit.sample()
-            self.lanes.note_host("alloc", _on_host(unit))
+            self._fit_staging()
         if unit.table is None:
             self._lay_table(unit)
         if self._staging is None or self._staging.numel() < unit.payload_nbytes:
@@ -274,8 +279,9 @@ class Transport:
             self.lanes.host_wait(copied, RETIRE_AFTER_COPY)
             if isinstance(unit, SlabUnit) and unit.source.pinned:
                 self.lanes.note_host("free", _on_host(unit))
-        if self._encoded.pop(unit.key, None) is not None and not self._encoded:
-            self.release_staging()
+        if isinstance(unit, EncodedUnit):
+            self._encoded.pop(unit.key, None)
+            self._fit_staging()
         unit.retire()
 
 

@@ -90,6 +90,9 @@ class UpcastUnit(EncodedUnit):
         self.encodings += 1
         self.dirty = False
 
+    def pin(self, pins: Pins) -> None:
+        """The memory is that of the donor."""
+
     def sample(self) -> None:
         """It lasts for one call, in which masters are written with a mark."""
 

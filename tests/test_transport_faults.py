@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICE, weight_nbytes
+from conftest import DEVICE, settle, weight_nbytes
 from interrupts import interrupts
 from prefetch_offload_kernels import reference
 from test_stream_order import SCENARIOS, assert_quiet, run_without, slow_link, unused_prefetch
@@ -216,3 +216,63 @@ def test_a_budget_without_room_to_arrive_in_is_refused(way: str, sim: Any, enabl
     assert needed - weights <= transport.overhead_nbytes, "a call needs no less"
     raw = enable(build("flux"), budget=needed - 1, **UNITS)
     assert raw.budget == needed - 1
+
+
+WIDE = scaled("flux", width=320, layers=2, text_width=64, text_layers=2, vae_width=8)
+
+
+def assert_within(budget: int, sim: Any, pipe: Any, offload: Any) -> None:
+    """Three calls, and no more device memory held for encoded units than is counted."""
+    transport = offload._engine.transport
+    for _ in range(3):
+        settle(sim)
+        sim.reset()
+        draw("flux", pipe)
+        assert sim.counters()["peak"] <= budget
+        assert transport.overhead_held_nbytes <= transport.overhead_nbytes
+
+
+def test_a_budget_is_kept_once_the_largest_encoded_units_are_gone(sim: Any, enable: Any) -> None:
+    """Those of another pipeline, which made the staging buffer as large as it was."""
+    other, pipe = WIDE.build(dtype=torch.bfloat16), build("flux")
+    first = enable(other, transport="packed", unit_min=64 << 10, unit_max=8 << 20)
+    WIDE.call(other, steps=1)
+    budget = int(0.6 * weight_nbytes(pipe))
+    offload = enable(pipe, transport="packed", budget=budget, **UNITS)
+    draw("flux", pipe)
+    largest = offload._engine.transport._staging.numel()
+    first.disable()
+    assert_within(budget, sim, pipe, offload)
+    assert offload._engine.transport._staging.numel() < largest
+    assert draw("flux", pipe) == draw("flux", build("flux").to(DEVICE))
+
+
+def test_a_budget_is_kept_once_the_largest_units_travel_raw(sim: Any, enable: Any) -> None:
+    pipe = build("flux")
+    budget, settings = int(0.6 * weight_nbytes(pipe)), {"unit_min": 64 << 10, "unit_max": 2 << 20}
+    offload = enable(pipe, transport="packed", budget=budget, **settings)
+    draw("flux", pipe)
+    draw("flux", pipe)
+    enable(pipe, transport={"text_encoder": "packed"}, budget=budget, **settings)
+    assert encoded_units(offload)
+    assert_within(budget, sim, pipe, offload)
+    assert draw("flux", pipe) == draw("flux", build("flux").to(DEVICE))
+
+
+def test_a_unit_that_becomes_smaller_when_it_is_encoded_anew_needs_less_to_arrive_in(sim: Any, enable: Any) -> None:
+    pipe = build("flux")
+    offload = enable(pipe, transport="packed", unit_min=8 << 20, unit_max=64 << 20)
+    with torch.no_grad():  # values that cannot be packed
+        for p in pipe.transformer.parameters():
+            p.view(torch.int16).random_(-(1 << 15), 1 << 15)
+            p.nan_to_num_(0, 0, 0)
+    draw("flux", pipe)
+    transport = offload._engine.transport
+    before = transport._staging.numel()
+    with torch.no_grad():
+        for p in pipe.transformer.parameters():
+            p.fill_(0.01)
+    offload.release()
+    draw("flux", pipe)
+    assert transport._staging.numel() < before
+    assert transport.overhead_held_nbytes <= transport.overhead_nbytes
