@@ -10,14 +10,18 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .api import enable, install, uninstall
     from .config import Settings
+    from .encoding import Codec
     from .errors import BudgetError, OffloadError, OffloadWarning, RecompileError, SettingError, UnsupportedError
     from .handle import Offload
+    from .quantizing import Quantized
 
 __all__ = [
     "BudgetError",
+    "Codec",
     "Offload",
     "OffloadError",
     "OffloadWarning",
+    "Quantized",
     "RecompileError",
     "SettingError",
     "Settings",
@@ -29,6 +33,7 @@ __all__ = [
 
 _HOME = {
     "enable": ".api", "install": ".api", "uninstall": ".api", "Offload": ".handle", "Settings": ".config",
+    "Codec": ".encoding", "Quantized": ".quantizing",
     "BudgetError": ".errors", "OffloadError": ".errors", "OffloadWarning": ".errors",
     "RecompileError": ".errors", "SettingError": ".errors", "UnsupportedError": ".errors",
 }  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from .adoption import check_tensors, least_of
 from .captured import refuse
 from .codecs import check_transport, codec_for
 from .config import Settings, told
-from .errors import BudgetError, SettingError, UnsupportedError
+from .errors import BudgetError, OffloadWarning, SettingError, UnsupportedError
 from .handle import Offload
 from .holdings import Client, rehooking
 from .masters import component_nbytes
@@ -68,17 +69,33 @@ def enable(
 
 
 def check_names(pipe: DiffusionPipeline, settings: Settings) -> None:
-    """Refuse a `transport` that names what the pipeline does not have.
+    """Refuse a `transport` that names what the pipeline does not have, or what has no weights; warn of what is not loaded.
 
     Raises:
         SettingError: with what it has.
     """
-    names = [] if isinstance(settings.transport, str) else [name for name, _ in settings.transport]
-    for name in names:
-        if name != "default" and name not in pipe.components:
+    if not isinstance(settings.transport, tuple):
+        return
+    with_weights = sorted(n for n, c in pipe.components.items() if isinstance(c, nn.Module))
+    for name, way in settings.transport:
+        if name == "default":
+            continue
+        if name not in pipe.components:
             raise SettingError(
                 f"transport names {name!r}, which a {type(pipe).__name__} does not have: its components are "
                 f"{', '.join(sorted(pipe.components))}; 'default' stands for all others."
+            )
+        component = pipe.components[name]
+        if component is None and way != "raw":
+            warnings.warn(
+                f"transport names {name!r}, which this pipeline was loaded without: nothing of it travels.",
+                OffloadWarning,
+                stacklevel=3,
+            )
+        elif component is not None and not isinstance(component, nn.Module):
+            raise SettingError(
+                f"transport names {name!r}, a {type(component).__name__}, which has no weights to move: those that have are "
+                f"{', '.join(with_weights)}. Leave it out."
             )
 
 
@@ -112,8 +129,8 @@ def apply(pipe: DiffusionPipeline, gpu_id: int | None, device: torch.device | st
             check_tensors(name, module)
         if not adapter.left_out(pipe, name):
             refuse(name, module)
-            if isinstance(module, nn.Module):
-                check_transport(name, module, settings)
+    offloaded = {n: m for n, m in pipe.components.items() if isinstance(m, nn.Module) and not adapter.left_out(pipe, n)}
+    check_transport(offloaded, settings)
     check_budget(pipe, settings)
     if settings.stable_addresses:
         check_addresses(pipe, settings, device)

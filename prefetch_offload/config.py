@@ -56,37 +56,63 @@ def parse_nbytes(value: int | str, what: str) -> int:
     return nbytes
 
 
+class Way:
+    """What `transport` may be besides a name: `prefetch_offload.Codec` is its one subclass. Here, since it needs no torch."""
+
+
 # What `transport` may be: how weights lie in pinned host memory and travel. The dtypes go by torch's names for them.
-TRANSPORTS = ("raw", "packed", "fp8", "auto")
+TRANSPORTS = ("raw", "packed", "fp8", "int8", "auto")
 TRANSPORT_DTYPES = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
-_ALLOWED = f"{', '.join(map(repr, TRANSPORTS))}, or one of {', '.join('torch.' + d for d in TRANSPORT_DTYPES)}"
+# What people write for these.
+_MEANT = {
+    "fp16": "float16", "half": "float16", "f16": "float16", "bf16": "bfloat16", "e4m3": "float8_e4m3fn",
+    "e4m3fn": "float8_e4m3fn", "float8_e4m3": "float8_e4m3fn", "fp8_e4m3fn": "float8_e4m3fn", "e5m2": "float8_e5m2",
+    "fp8_e5m2": "float8_e5m2", "float8": "fp8", "none": "raw",
+}  # fmt: skip
+_ALLOWED = (
+    f"{', '.join(map(repr, TRANSPORTS))}, one of {', '.join('torch.' + d for d in TRANSPORT_DTYPES)} or its name as a text, a "
+    "`prefetch_offload.Codec`"
+)
 
 # One way for all components, or pairs of a component's name (or "default") and its way.
-Transport = str | tuple[tuple[str, str], ...]
+Transport = str | Way | tuple[tuple[str, str | Way], ...]
 
 
 def parse_transport(value: Any) -> Transport:
-    """How weights travel: a name, a torch dtype, or a mapping from components' names and ``"default"`` to these.
+    """How weights travel: a name, a torch dtype, a codec, or a mapping from components' names and ``"default"`` to these.
 
     Raises:
         SettingError: with what is allowed.
     """
     if not isinstance(value, Mapping):
         return _parse_way(value, "transport")
+    if not value:
+        raise SettingError(f"transport={value!r} names no component: leave it out, or give a way for one, or for 'default'.")
     for name in value:
         if not isinstance(name, str):
             raise SettingError(f"transport={value!r}: its keys are names of components, or 'default'; {name!r} is neither.")
-    return tuple(sorted((name, _parse_way(way, f"transport[{name!r}]")) for name, way in value.items()))
+    ways = {name: _parse_way(way, f"transport[{name!r}]") for name, way in value.items()}
+    return tuple(sorted(ways.items(), key=lambda item: item[0]))
 
 
-def _parse_way(value: Any, what: str) -> str:
-    name = value if isinstance(value, str) else ""
-    if type(value).__module__ == "torch" and type(value).__name__ == "dtype":
-        name = str(value)
-    name = name.removeprefix("torch.")
-    if name not in TRANSPORTS and name not in TRANSPORT_DTYPES:
-        raise SettingError(f"{what}={value!r} is no way to move weights: give {_ALLOWED}, or a mapping per component.")
-    return name
+def _parse_way(value: Any, what: str) -> str | Way:
+    if isinstance(value, Way):
+        return value
+    is_dtype = type(value).__module__ == "torch" and type(value).__name__ == "dtype"
+    name = str(value) if is_dtype or isinstance(value, str) else ""
+    dtype = name.removeprefix("torch.")
+    if dtype in TRANSPORT_DTYPES:
+        return dtype
+    if name in TRANSPORTS:
+        return name
+    near = _MEANT.get(dtype.lower()) or next(
+        iter(difflib.get_close_matches(dtype.lower(), (*TRANSPORTS, *TRANSPORT_DTYPES), n=1)), ""
+    )
+    if isinstance(value, type) and issubclass(value, Way):
+        hint = " This is a class: give an instance of it."
+    else:
+        hint = f" Did you mean {near!r}?" if near else ""
+    raise SettingError(f"{what}={value!r} is no way to move weights: give {_ALLOWED}, or a mapping per component.{hint}")
 
 
 def parse_budget(value: int | str | None) -> Budget:
@@ -115,15 +141,17 @@ class Settings:
         transport: how weights travel to the device, one way for all or ``{component: way, "default": way}``. ``"raw"``: as
             they are. ``"packed"``: bfloat16 weights losslessly in three quarters of their bytes, unpacked on arrival;
             float32 ones that a 16-bit type holds exactly as that.
-            ``"fp8"``: float8 e4m3 with a scale per row; norms, embeddings, the layers that diffusers' layerwise casting skips,
-            vectors and small tensors stay raw; results change. A torch dtype (``torch.float16``): wider weights travel as
-            that and are cast back on arrival. ``"auto"``: packed where it was measured to be faster, else raw.
+            ``"fp8"``, ``"int8"``: float8 e4m3 or int8 with a scale per output channel, as `prefetch_offload.Quantized`; norms,
+            embeddings, the layers that diffusers' layerwise casting skips, vectors and small tensors stay raw; results change.
+            A torch dtype (``torch.float16``) or its name: wider weights travel as that and are cast back on arrival.
+            ``"auto"``: packed where it was measured to be faster, else raw. A `prefetch_offload.Codec`: as that says.
             What `state_dict` shows and `disable` leaves stays exact, and changes made between calls are encoded again; only
             the device works with what lossy ways leave of them.
         originals: where the host's weights lie whose encoded bytes are in pinned memory. ``"file"``: in files without a name
             in the first of the temporary directory, ``/var/tmp`` and ``~/.cache`` that is on a disk with room for them, as
             long as the pipeline is enabled. A directory: there. ``"memory"``: in ordinary memory, so that the host holds both.
-        transport_overflow: let a dtype that `transport` names turn finite weights into infinities, instead of refusing it.
+        transport_overflow: let a dtype that `transport` names turn finite weights into infinities, or into the
+            largest number of one without infinities, instead of refusing it.
         strict_compile: a recompile or a graph break while a component runs is an error (`RecompileError`), raised once its call
             has returned.
         stable_addresses: every unit keeps its device address for life, as CUDA graphs need. Where the device has no virtual
@@ -190,9 +218,9 @@ class Settings:
             raise SettingError(f"unit_min={made.unit_min} is above unit_max={made.unit_max}: make it smaller.")
         return made
 
-    def transport_of(self, component: str) -> str:
+    def transport_of(self, component: str) -> str | Way:
         """How the weights of a component travel."""
-        if isinstance(self.transport, str):
+        if isinstance(self.transport, str | Way):
             return self.transport
         ways = dict(self.transport)
         return ways.get(component, ways.get("default", "raw"))

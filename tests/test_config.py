@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefetch_offload.config import GIB, KIB, MIB, Settings, parse_budget, parse_nbytes
+from prefetch_offload.config import GIB, KIB, MIB, Settings, Way, parse_budget, parse_nbytes
 from prefetch_offload.errors import OffloadError, SettingError
 
 BYTES_OF = {
@@ -195,3 +195,44 @@ def test_whatever_is_given_is_a_budget_or_a_refusal(value: Any) -> None:
 def test_a_refusal_is_a_value_error_and_one_of_ours() -> None:
     assert issubclass(SettingError, ValueError)
     assert issubclass(SettingError, OffloadError)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("fp16", "float16"), ("half", "float16"), ("bf16", "bfloat16"), ("BF16", "bfloat16"), ("float8", "fp8"),
+        ("e4m3", "float8_e4m3fn"), ("float8_e5m3", "float8_e5m2"), ("pack", "packed"), ("PACKED", "packed"), ("int4", "int8"),
+        ("torch.float16 ", "float16"),
+    ],
+)  # fmt: skip
+def test_refused_unknown_transport_names_the_near_miss(given: str, meant: str) -> None:
+    message = refusal(transport=given)
+    assert message.startswith(f"transport={given!r} is no way to move weights: give 'raw', ")
+    assert "or its name as a text" in message and message.endswith(f" Did you mean {meant!r}?")
+    assert refusal(transport={"vae": given}).startswith(f"transport['vae']={given!r} is no way")
+
+
+def test_refused_unknown_transport_without_a_near_miss() -> None:
+    assert refusal(transport="zip").endswith("or a mapping per component.")
+
+
+def test_refused_a_mapping_of_nothing() -> None:
+    assert refusal(transport={}).startswith("transport={} names no component: leave it out")
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"])
+def test_a_dtype_may_be_a_text(name: str) -> None:
+    assert Settings.make(transport=name).transport == Settings.make(transport=f"torch.{name}").transport == name
+
+
+@pytest.mark.parametrize("name", ["torch.raw", "torch.fp8"])
+def test_refused_a_dtype_that_torch_does_not_have(name: str) -> None:
+    assert f"transport={name!r} is no way" in refusal(transport=name)
+
+
+def test_a_way_of_ones_own_is_taken_as_it_is() -> None:
+    own = Way()
+    made = Settings.make(transport={"vae": own, "default": "raw"})
+    assert made.transport_of("vae") is own and made.transport_of("unet") == "raw"
+    assert Settings.make(transport=own).transport_of("unet") is own
+    assert made == Settings.make(transport={"default": "raw", "vae": own}) != Settings.make(transport={"vae": Way()})

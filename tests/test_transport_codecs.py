@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -11,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import DEVICE, plan_anew, refuse_each, settle, weight_nbytes
+from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN, apply_layerwise_casting
 from prefetch_offload_kernels import build_table, cast_unit_reference, reference
 from torch import nn
 
 import prefetch_offload
-from prefetch_offload import SettingError, codecs
+from prefetch_offload import Quantized, SettingError, codecs
 from prefetch_offload.bound import lower_bound_ms
 from prefetch_offload.codecs import Piece, codec_for
 from prefetch_offload.encoded import EncodedUnit
@@ -86,21 +88,39 @@ def test_lossless_ways_give_the_resident_images(name: str, way: str, share: floa
     assert offload.stats.d2h_nbytes == 0
 
 
-def fp8_rounded(pipe: Any) -> None:
-    """Every weight that travels as fp8, rounded as it arrives; written independently of the codec."""
-    skipped = ("norm", "embed", "shared", "proj_in", "proj_out")
+def layerwise_cast(module: nn.Module) -> set[str]:
+    """Names of the parameters that diffusers' own layerwise casting makes float8, of a copy; embeddings aside."""
+    cast = copy.deepcopy(module)
+    if hasattr(cast, "enable_layerwise_casting"):
+        cast.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    else:
+        kept = tuple(rf"(^|\.){n}(\.|$)" for n in getattr(cast, "_keep_in_fp32_modules", None) or ())
+        apply_layerwise_casting(cast, torch.float8_e4m3fn, torch.bfloat16, (*DEFAULT_SKIP_MODULES_PATTERN, *kept))
+    embeddings = {f"{n}.weight" for n, m in cast.named_modules() if isinstance(m, nn.Embedding)}
+    return {key for key, p in cast.named_parameters() if p.dtype == torch.float8_e4m3fn} - embeddings
+
+
+LARGEST = {torch.float8_e4m3fn: 448, torch.float8_e5m2: 57344, torch.int8: 127}
+
+
+def rounded_as(pipe: Any, dtype: torch.dtype, scale: str) -> None:
+    """Every weight that travels quantised, rounded as it arrives; written independently of the codec."""
     for module in pipe.components.values():
         if not isinstance(module, nn.Module):
             continue
-        more = tuple(getattr(module, "_skip_layerwise_casting_patterns", None) or ())
-        more += tuple(f".{n}" for n in getattr(module, "_keep_in_fp32_modules", None) or ())
+        cast = layerwise_cast(module)
         for key, p in module.named_parameters():
-            of = key.rpartition(".")[0]
-            if p.dim() < 2 or p.numel() < 1024 or any(s in of for s in (*skipped[:3], *more)) or of in skipped[3:]:
+            if p.dim() < 2 or p.numel() < 1024 or key not in cast:
                 continue
-            rows = p.detach().float().reshape(p.shape[0], -1)
-            scale = (rows.abs().amax(1, keepdim=True) / 448).clamp(min=2.0**-126)
-            p.data = ((rows / scale).to(torch.float8_e4m3fn).float() * scale).to(p.dtype).view(p.shape)
+            rows = p.detach().float().reshape(p.shape[0] if scale == "channel" else 1, -1)
+            step = (rows.abs().amax(1, keepdim=True) / LARGEST[dtype]).clamp(min=2.0**-126)
+            steps = rows / step
+            steps = steps.round() if dtype == torch.int8 else steps.to(dtype).float()
+            p.data = (steps * step).to(p.dtype).view(p.shape)
+
+
+def fp8_rounded(pipe: Any) -> None:
+    rounded_as(pipe, torch.float8_e4m3fn, "channel")
 
 
 @pytest.mark.parametrize("share", [None, 0.4])
@@ -281,21 +301,44 @@ def test_what_is_written_on_the_device_is_taken_over(sim: Any, enable: Any) -> N
     assert [key for key, p in weights(pipe) if not torch.equal(p, before[key])] == changed
 
 
-def test_a_dtype_that_cannot_hold_the_weights_is_refused(sim: Any, enable: Any) -> None:
-    pipe = build("flux", torch.float32)
+@pytest.mark.parametrize(
+    ("dtype", "stored", "too_large"),
+    [
+        (torch.float16, torch.float32, 1e6),
+        (torch.float8_e5m2, torch.bfloat16, 1e6),
+        (torch.float8_e4m3fn, torch.bfloat16, 1000.0),  # no infinity comes of it: a cast makes 448
+    ],
+)
+def test_a_dtype_that_cannot_hold_the_weights_is_refused(
+    dtype: torch.dtype, stored: torch.dtype, too_large: float, sim: Any, enable: Any
+) -> None:
+    name = str(dtype).removeprefix("torch.")
+    pipe = build("flux", stored)
+    weight = pipe.transformer.transformer_blocks[0].attn.to_q.weight
+    infinite = pipe.transformer.transformer_blocks[1].attn.to_q.weight
+    text = pipe.text_encoder.encoder.layers[1].mlp.fc1.weight
     with torch.no_grad():
-        pipe.transformer.proj_out.weight[0, :3] = 1e6
-        pipe.transformer.x_embedder.weight[0, 0] = float("inf")  # it was infinite before
-    with pytest.raises(SettingError, match=r"'float16': 3 finite weights of transformer in 1 tensors .* proj_out.weight\)"):
-        prefetch_offload.enable(pipe, device=DEVICE, transport=torch.float16, **UNITS)
+        weight[0, :3] = too_large
+        infinite[0, 0] = float("inf")  # it was infinite before
+        text[1, :2] = -too_large
+    told = rf"'{name}': 3 finite weights of transformer in 1 tensors .* transformer_blocks.0.attn.to_q.weight\)"
+    both = rf"transport='{name}': 2 finite weights of text_encoder in 1 tensors .*mlp.fc1.weight\); .*{told} are too large"
+    with pytest.raises(SettingError, match=both):
+        prefetch_offload.enable(pipe, device=DEVICE, transport=dtype, **UNITS)
     assert not hasattr(pipe.transformer, "_hf_hook") and type(pipe).__name__ == "FluxPipeline"
-    offload = enable(pipe, transport=torch.float16, transport_overflow=True, **UNITS)
+    offload = enable(pipe, transport={"transformer": dtype}, transport_overflow=True, **UNITS)
     assert encoded_units(offload)
     draw("flux", pipe)
+    arrived = {m.name: m.twin for c in offload._session.client.components.values() for m in c.masters}
+    largest = 448.0 if dtype == torch.float8_e4m3fn else float("inf")
+    assert arrived["transformer_blocks.0.attn.to_q.weight"].cpu()[0, :3].tolist() == [largest] * 3
+    assert arrived["transformer_blocks.1.attn.to_q.weight"].cpu()[0, 0].isinf()
+    del arrived
     offload.disable()
-    assert pipe.transformer.proj_out.weight.detach()[0, 0] == 1e6
-    offload = enable(pipe, transport=torch.bfloat16, **UNITS)  # which can
-    assert encoded_units(offload)
+    assert float(weight.detach()[0, 0]) == torch.tensor(too_large, dtype=stored)
+    if stored == torch.float32:
+        offload = enable(pipe, transport=torch.bfloat16, **UNITS)  # which can
+        assert encoded_units(offload)
 
 
 def fp16_rounded(pipe: Any) -> None:
@@ -322,8 +365,12 @@ def test_float32_travels_as_float16(sim: Any, enable: Any) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("zip", r"transport='zip' is no way to move weights: give 'raw', 'packed', 'fp8', 'auto', or one of torch.float16"),
-        (torch.int8, r"transport=torch.int8 is no way"),
+        ("zip", r"='zip' is no way to move weights: give 'raw', 'packed', 'fp8', 'int8', 'auto', one of torch.float16"),
+        (torch.int8, r"transport=torch.int8 is no way .* Did you mean 'int8'\?"),
+        (torch.float32, r"transport=torch.float32 is no way"),
+        (Quantized, r"transport=<class .*Quantized'> is no way .* This is a class: give an instance of it\."),
+        ({}, r"transport={} names no component: leave it out"),
+        ({"scheduler": "fp8"}, r"transport names 'scheduler', a Flow\w+, which has no weights .*, transformer"),
         (8, "transport=8 is no way"),
         (None, "transport=None is no way"),
         ({"vae": "zip"}, r"transport\['vae'\]='zip' is no way"),
@@ -427,7 +474,7 @@ def test_fp8_in_any_order_of_memory(shape: tuple[int, ...], dtype: torch.dtype) 
     views += [t.to(memory_format=torch.channels_last)] if t.dim() == 4 else []
     for view in views:
         piece = Piece("linear.weight", 0, t.nbytes, view, True)
-        recipe = codecs.Fp8().recipe(piece)
+        recipe = Quantized(torch.float8_e4m3fn).recipe(piece)
         assert recipe is not None
         out, back = torch.zeros(recipe.nbytes, dtype=torch.uint8), torch.zeros(t.nbytes, dtype=torch.uint8)
         recipe.write(out)
@@ -436,7 +483,7 @@ def test_fp8_in_any_order_of_memory(shape: tuple[int, ...], dtype: torch.dtype) 
         assert (error <= piece.flat.float().abs() / 15 + t.abs().max().float() / 448 / 512).all()
     bad = t.clone()
     bad.view(-1)[7] = float("nan")
-    assert codecs.Fp8().recipe(Piece("linear.weight", 0, t.nbytes, bad, True)) is None, "it has no scale"
+    assert Quantized(torch.float8_e4m3fn).recipe(Piece("linear.weight", 0, t.nbytes, bad, True)) is None, "it has no scale"
 
 
 def test_a_refused_allocation_anywhere(sim: Any, enable: Any, monkeypatch: pytest.MonkeyPatch) -> None:
