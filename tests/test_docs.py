@@ -405,9 +405,12 @@ def test_files_and_modules_exist(page: Path) -> None:
             wrong.append(module)
     project = (ROOT / "pyproject.toml").read_text()
     extras = re.findall(
-        r"^(\w+) = \[", project.partition("[project.optional-dependencies]")[2].partition("\n[")[0], re.M
+        r"^([\w-]+) = \[", project.partition("[project.optional-dependencies]")[2].partition("\n[")[0], re.M
     )
-    wrong += [e for e in re.findall(r"prefetch-offload\[(\w+)\]", text) if e not in extras]
+    assert "cuda-graphs" in extras
+    for name, extra in re.findall(r"pip install (?:-e )?'([\w.-]+)\[([\w,-]+)\]'", text):
+        if name != "." or not set(extra.split(",")) <= set(extras):  # the package is on no index
+            wrong.append(f"{name}[{extra}]")
     assert not wrong, f"{page.name}: {wrong}"
 
 

@@ -188,7 +188,7 @@ def _device(name: str | None, console: Console) -> torch.device:
         "times show what is hidden behind what, not how fast a GPU is.",
         soft_wrap=True,
     )
-    with console.status("compiling the simulated accelerator (half a minute, once)"):
+    with console.status("compiling the simulated accelerator (once on a machine)"):
         return simulated_device()
 
 

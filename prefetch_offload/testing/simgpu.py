@@ -1,6 +1,6 @@
 """Build, load and register the simulated accelerator (`simgpu*.h`, `simgpu.cpp`) as a PyTorch device.
 
-The first `load()` on a machine compiles for about half a minute; the result is cached per user, keyed by everything
+The first `load()` on a machine compiles it; the result is cached per user, keyed by everything
 that it depends on, so an edited source is never served by an old build. What is real and what is simulated: see the
 head of `simgpu.cpp`.
 """

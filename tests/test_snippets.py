@@ -1,0 +1,51 @@
+"""The Python of README.md and getting-started.md runs as it stands, on the simulated accelerator with small pipelines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+from conftest import DEVICE
+from diffusers.pipelines import pipeline_utils
+from test_docs import ROOT, split
+
+import prefetch_offload
+from prefetch_offload.adapter.pipeline import offload_of
+from prefetch_offload.testing.pipelines import CASES
+
+# What the pages load from the hub, and what stands for it here.
+STANDS_FOR = {"black-forest-labs/FLUX.1-dev": "flux", "stabilityai/stable-diffusion-xl-base-1.0": "sdxl"}
+PAGES = ["README.md", "docs/getting-started.md"]
+
+
+@pytest.fixture
+def machine(sim: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A machine with one accelerator, the simulated one, and with the hub's models."""
+    monkeypatch.chdir(tmp_path)  # traces are written here
+    monkeypatch.setattr(pipeline_utils, "get_device", lambda: DEVICE)
+
+    def from_pretrained(name: str, dtype: Any) -> Any:
+        pipe = CASES[STANDS_FOR[name]].build(dtype)
+        pipe.default_sample_size = 8  # the pages do not say how large an image
+        return pipe
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", from_pretrained)
+    yield sim
+    prefetch_offload.uninstall()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_runs(page: str, machine: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = [b for b in split(ROOT / page)[1] if b.language == "python"]
+    assert len(blocks) >= 3
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(compile("\n" * block.line + block.text, ROOT / page, "exec"), names)
+        offload = offload_of(names["pipe"]) if "pipe" in names else None
+        assert offload is None or offload is names["offload"], f"{page}:{block.line}"
+    assert offload is not None, "the last snippet, the simulator's, runs with prefetch_offload"
+    assert offload.device.type == DEVICE
+    assert "to the device" in capsys.readouterr().out, "the report"
+    offload.disable()
