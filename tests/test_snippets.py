@@ -42,7 +42,9 @@ def machine(sim: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_the_predicted_example_is_what_its_command_predicts() -> None:
     text = " ".join((ROOT / "README.md").read_text().split())
-    command, said = re.findall(r"prefetch-offload (plan [^`]*?) ``` FLUX.1 dev [^*]*\*\*Predicted\*\*, (.*?)\. Stock", text)[0]
+    command, said = re.findall(
+        r"prefetch-offload (plan [^`]*?) ``` FLUX.1 dev [^*]*\*\*Predicted\*\*, (.*?)\. Stock", text
+    )[0]
     figures = [float(n) for n in re.findall(r"[\d.]+(?= s\b)", said)]
     result = CliRunner().invoke(app, [*command.split(), "--json"])
     assert result.exit_code == 0, result.output
