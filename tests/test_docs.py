@@ -414,6 +414,12 @@ def test_files_and_modules_exist(page: Path) -> None:
     assert not wrong, f"{page.name}: {wrong}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_nothing_deprecated_is_shown(page: Path) -> None:
+    """diffusers takes `dtype` from 0.41 on, our oldest, and warns of what it was called before."""
+    assert "torch_dtype" not in page.read_text()
+
+
 def test_every_result_is_explained() -> None:
     """docs/benchmarks.md and docs/kernels.md say of each committed result how it is made."""
     told = "".join((ROOT / "docs" / name).read_text() for name in ("benchmarks.md", "kernels.md"))

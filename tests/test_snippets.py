@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,11 @@ import pytest
 from conftest import DEVICE
 from diffusers.pipelines import pipeline_utils
 from test_docs import ROOT, split
+from typer.testing import CliRunner
 
 import prefetch_offload
 from prefetch_offload.adapter.pipeline import offload_of
+from prefetch_offload.cli import app
 from prefetch_offload.testing.pipelines import CASES
 
 # What the pages load from the hub, and what stands for it here.
@@ -34,6 +38,19 @@ def machine(sim: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", from_pretrained)
     yield sim
     prefetch_offload.uninstall()
+
+
+def test_the_predicted_example_is_what_its_command_predicts() -> None:
+    text = " ".join((ROOT / "README.md").read_text().split())
+    command, said = re.findall(
+        r"prefetch-offload (plan [^`]*?) ``` FLUX.1 dev [^*]*\*\*Predicted\*\*, (.*?)\. Stock", text
+    )[0]
+    figures = [float(n) for n in re.findall(r"[\d.]+(?= s\b)", said)]
+    result = CliRunner().invoke(app, [*command.split(), "--json"])
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads(result.output)["rows"]
+    assert figures == [round(row[name], 1) for name in ("seconds", "exposed_s", "limit_s")]
+    assert row["stock_s"] is None and row["resident_s"] is None, "out of memory"
 
 
 @pytest.mark.parametrize("page", PAGES)
