@@ -13,17 +13,20 @@ or of other versions, are measured anew. On the simulated accelerator every row 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import hashlib
+import json
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -46,8 +49,31 @@ DEFAULT = ("resident", "stock", "ours:stock", "ours", *(m for m in modes.MODES i
 COMPILE = ("none", "regional", "whole")
 DTYPES = ("float16", "bfloat16", "float32")
 LATE = "out of time"
-STOPPED = "did not end"  # what a row says while it is measured: who is killed leaves it so
+STOPPED = "did not end"  # what a row says while it is measured: who is killed or runs out of time leaves it so
 EXIT_UNFINISHED = 3
+
+
+class Late(BaseException):
+    """Time is up while a mode is measured. No `Exception`, so that nobody else takes it for theirs."""
+
+
+@contextlib.contextmanager
+def alarm(seconds: float) -> Iterator[None]:
+    """Raise `Late` in the block once so much time has passed."""
+
+    def ring(*_: object) -> None:
+        raise Late
+
+    if seconds > 1e6:
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,7 +280,7 @@ def ours_fails(row: Row) -> bool:
     name, _, transport = modes.parts(row.mode)
     if name not in ("resident", "ours"):
         return False
-    return row.error not in ("", LATE) or (row.equal is False and transport in modes.EXACT)
+    return row.error not in ("", LATE, STOPPED) or (row.equal is False and transport in modes.EXACT)
 
 
 def limit_of(mode: str, rows: list[Row]) -> int | None:
@@ -280,7 +306,7 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="visits to each mode, in turns")] = 2,
     calls: Annotated[int, typer.Option(min=1, help="timed calls of a visit")] = 3,
     seconds: Annotated[
-        float, typer.Option(help="begin no visit that would end later, going by the longest so far")
+        float, typer.Option(help="stop after so long; what is missing then is left for the next run")
     ] = 1e9,
     dtype: Annotated[str | None, typer.Option(help="float16, bfloat16, float32; the model's own when left out")] = None,
     height: Annotated[int | None, typer.Option(help="of the image; 1024, or 64 of small models")] = None,
@@ -306,7 +332,8 @@ def main(
     size = 64 if model in SMALL else 1024
     scenario = Scenario(model, dtype or default_dtype(model), height or size, width or size, compile, calls, where)
     about = machine(where, out)
-    runs = [about]
+    earlier = out / "offload.json"
+    runs = [*(json.loads(earlier.read_text())["runs"] if earlier.is_file() else []), about]
     table = {r.key: r for r in known}
     fresh = [scenario.row(name, s) for name in chosen for s in dict.fromkeys(steps or [30, 4])]
     stopped = {r.mode for r in fresh if r.key in table and table[r.key].error == STOPPED}
@@ -318,7 +345,7 @@ def main(
             row.equal = row.image == truth[_scene(row)] if row.image and _scene(row) in truth else None
         write(out, list(table.values()), runs)
 
-    longest, late = 0.0, False
+    late = False
     for number in range(rounds):
         for name in sorted(chosen, key=lambda n: n in stopped):
             todo = [r for r in mine if r.mode == name and r.rounds <= number and not r.error]
@@ -326,8 +353,8 @@ def main(
             for some in [[r] for r in todo] if modes.warm_calls(name, 1) == 0 else [todo]:
                 if not some:
                     continue
-                began = time.monotonic()
-                if late or began - started + longest > seconds:
+                left = seconds - (time.monotonic() - started)
+                if late or left <= 0:
                     late = True
                     for row in some:
                         row.error = "" if row.calls else LATE
@@ -338,7 +365,10 @@ def main(
                 save()
                 try:
                     others = [r for r in table.values() if _scene(r)[1:] == _scene(some[0])[1:]]
-                    visit(scenario, name, some, limit_of(name, others), out, save)
+                    with alarm(left):
+                        visit(scenario, name, some, limit_of(name, others), out, save)
+                except Late:
+                    late = True
                 except Exception as error:  # a mode that fails is a row that says so
                     told = str(error).splitlines()[0] if str(error) else ""
                     for row in some:
@@ -348,7 +378,6 @@ def main(
                         with (out / "errors.txt").open("a") as errors:
                             errors.write(f"{name}\n{traceback.format_exc()}\n")
                         late |= _broken(where)
-                longest = max(longest, time.monotonic() - began)
                 save()
     save()
     if any(ours_fails(r) for r in mine):

@@ -98,7 +98,8 @@ def timeline_of(path: Path) -> Timeline:
 
 
 def _memory(axes: Any, rows: list[dict[str, str]]) -> None:
-    ours = sorted((r for r in rows if r["mode"].startswith("ours")), key=lambda r: int(r["peak_allocated"]))
+    exact = [r for r in rows if r["mode"].startswith("ours") and r["mode"].count(":") < 2]  # no transport
+    ours = sorted(exact, key=lambda r: int(r["peak_allocated"]))
     axes.plot(
         [int(r["peak_allocated"]) / GIB for r in ours], [float(r["median_s"]) for r in ours], color=colour_of("ours")
     )
