@@ -223,6 +223,8 @@ def test_what_ends_a_run_badly(ext: Any, folder: Path, tmp_path: Path) -> None:
     assert code == 1 and "too small" in rows["ours:1KiB", 1].error
     exact = Row("sdxl", "ours:stock:packed", "none", 4, False, equal=False)
     assert offload.ours_fails(exact) and not offload.ours_fails(Row("sdxl", "stock", "none", 4, False, error="no"))
+    for error, fails in (("OutOfMemoryError: no", False), ("RuntimeError: no", True)):
+        assert offload.ours_fails(Row("flux", "resident", "none", 4, False, error=error)) is fails
 
 
 @pytest.mark.parametrize("module", ["offload", "gpu_suite"])
