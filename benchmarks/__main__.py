@@ -7,36 +7,45 @@ from typing import Annotated
 
 import typer
 
+from .compare import bands
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
-@app.command()
+@app.command(
+    help="Exit code 1: something got worse beyond the noise, and is printed. 2: the files cannot be compared.\n\n"
+    + bands(0.05)
+)
 def compare(
     old: Path,
     new: Path,
     band: Annotated[float, typer.Option(min=0, help="Relative growth of a time that is taken for noise.")] = 0.05,
+    any_machine: Annotated[
+        bool, typer.Option("--any-machine", help="Also results of different GPUs or hosts.")
+    ] = False,
 ) -> None:
-    """Exit code 1: something got worse beyond the noise, and is printed. 2: the files cannot be compared."""
     from .compare import compare as _compare
 
     try:
-        findings, n_rows = _compare(old, new, band)
+        findings, n_rows = _compare(old, new, band, any_machine)
     except (OSError, ValueError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from None
     for finding in findings:
         typer.echo(str(finding))
-    typer.echo(f"{n_rows} rows compared, {len(findings)} worse.")
+    typer.echo(f"{n_rows} rows compared, {len(findings)} worse. {bands(band)}")
     if findings:
         raise typer.Exit(1)
 
 
 @app.command()
-def plot(result: Path) -> None:
-    """Draw latency over memory and over steps, beside a result's offload.csv."""
+def plot(
+    results: Annotated[list[Path], typer.Argument(help="One or several offload.csv: all of them in one picture.")],
+) -> None:
+    """Draw latency over memory, latency over steps, and timelines from the traces, beside the first file."""
     from .plots import draw
 
-    for path in draw(result):
+    for path in draw(results):
         typer.echo(str(path))
 
 

@@ -1,6 +1,6 @@
-"""Two results of `benchmarks.offload` side by side: what became slower, larger, or another image.
+"""Two results of `benchmarks.offload` side by side: what became slower, larger, another image, or is not there any more.
 
-python -m benchmarks compare OLD.csv NEW.csv [--band 0.05]
+python -m benchmarks compare OLD.csv NEW.csv [--band 0.05] [--any-machine]
 """
 
 from __future__ import annotations
@@ -9,8 +9,13 @@ import csv
 from dataclasses import dataclass
 from pathlib import Path
 
-KEY = ("model", "mode", "compile", "steps", "simulated")
+from .rows import KEY
+
+MACHINE = ("gpu", "host")
+WIDEST = 0.25  # the band of a time whatever the runs' own spread, and that of a first call, which there is one of
 MEMORY_BAND = 0.01  # of the allocator's peak, which is the same in every run but for caches of libraries
+RESERVED_BAND = 0.05  # of what it took from the driver, in blocks
+COPIED_SLACK = 1 << 20  # bytes written back: none is what is expected, and a ratio says nothing about none
 
 
 @dataclass(frozen=True)
@@ -27,13 +32,22 @@ class Finding:
         return f"{self.row}: {self.what} {self.before} -> {self.after} (noise: {self.band:.1%})"
 
 
+def bands(band: float) -> str:
+    """What is taken for noise, in words."""
+    return (
+        f"Noise: {band:.1%} of a time, or three times the runs' own spread if that is more, up to {max(band, WIDEST):.0%}; "
+        f"{max(band, WIDEST):.0%} of a first call; {MEMORY_BAND:.0%} of a peak and {RESERVED_BAND:.0%} of what is reserved; "
+        f"{COPIED_SLACK >> 20} MiB written back; no recompile, no row."
+    )
+
+
 def read(path: Path) -> dict[tuple[str, ...], dict[str, str]]:
     """Rows by what they measure. Raises ValueError if the file is no such result."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    if not rows or not set(KEY) <= set(rows[0]):
+    if not rows or not {*KEY, *MACHINE} <= set(rows[0]):
         raise ValueError(
-            f"{path} has no rows of `python -m benchmarks.offload`: its columns have to include {', '.join(KEY)}."
+            f"{path} has no rows of `python -m benchmarks.offload`: its columns have to include {', '.join((*KEY, *MACHINE))}."
         )
     return {tuple(row[k] for k in KEY): row for row in rows}
 
@@ -44,37 +58,58 @@ def noise(row: dict[str, str]) -> float:
     return (q75 - q25) / 2 / median if median > 0 else 0.0
 
 
-def compare(old: Path, new: Path, band: float = 0.05) -> tuple[list[Finding], int]:
-    """What got worse, and how many rows could be compared.
-
-    A time is worse when it grew by more than `band`, or than three times the noise of the two runs if that is more.
+def compare(old: Path, new: Path, band: float = 0.05, any_machine: bool = False) -> tuple[list[Finding], int]:
+    """What got worse, and how many rows could be compared. `bands` says what is taken for noise.
 
     Raises:
-        ValueError: a file is no result, or the two have no row in common.
+        ValueError: a file is no result, the two have no row in common, or they are of different machines.
     """
     before, after = read(old), read(new)
     common = [key for key in before if key in after]
     if not common:
         raise ValueError(
-            f"{old} and {new} have no row in common: same model, mode, compile and steps, both simulated or not."
+            f"{old} and {new} have no row in common: same model, size, dtype, mode, compile and steps, both simulated or not."
         )
-    found = []
-    for key in common:
-        was, now = before[key], after[key]
-        name = ", ".join((key[0], key[1], f"compile {key[2]}", f"{key[3]} steps"))
-        if was["error"] != now["error"] and now["error"]:
-            found.append(Finding(name, "fails:", was["error"] or "ran", now["error"], 0.0))
-            continue
-        if was["equal"] == "True" and now["equal"] == "False":
-            found.append(
-                Finding(name, "its image is not the resident one's any more:", was["image"], now["image"], 0.0)
+    for column in () if any_machine else MACHINE:
+        ran = [{rows[key][column] for key in common if rows[key]["median_s"]} for rows in (before, after)]
+        if ran[0] and ran[1] and ran[0] != ran[1]:
+            was, now = (" and ".join(sorted(names)) for names in ran)
+            raise ValueError(
+                f"they are of different machines, {was} and {now}: --any-machine compares them all the same."
             )
-        if was["median_s"] and now["median_s"]:
-            allowed = max(band, 3 * max(noise(was), noise(now)))
-            if float(now["median_s"]) > float(was["median_s"]) * (1 + allowed):
-                seconds = [f"{float(r['median_s']):.3f} s" for r in (was, now)]
-                found.append(Finding(name, "time", *seconds, allowed))
-        peaks = [int(r["peak_allocated"] or 0) for r in (was, now)]
-        if peaks[0] and peaks[1] > peaks[0] * (1 + MEMORY_BAND):
-            found.append(Finding(name, "peak", *(f"{p / 2**20:.1f} MiB" for p in peaks), MEMORY_BAND))
+    found = []
+    for key, was in before.items():
+        name = f"{key[0]}, {key[1]}, compile {key[2]}, {key[3]} steps"
+        if was["median_s"] and key not in after:
+            found.append(Finding(name, "is gone:", "ran", "no row", 0.0))
+        elif key in after:
+            found += _worse(name, was, after[key], band)
     return found, len(common)
+
+
+def _worse(name: str, was: dict[str, str], now: dict[str, str], band: float) -> list[Finding]:
+    if now["error"] and was["error"] != now["error"]:
+        return [Finding(name, "fails:", was["error"] or "ran", now["error"], 0.0)]
+    if was["median_s"] and not now["median_s"]:
+        return [Finding(name, "has no figures any more:", f"{float(was['median_s']):.3f} s", "nothing", 0.0)]
+    found = []
+    if was["equal"] == "True" and now["equal"] != "True":
+        what = "its image is not the resident one's any more:"
+        found.append(Finding(name, what, was["image"], now["image"], 0.0))
+
+    def grew(column: str, what: str, unit: str, scale: float, allowed: float, slack: float = 0.0) -> None:
+        if was[column] and now[column]:
+            values = float(was[column]), float(now[column])
+            if values[1] > values[0] * (1 + allowed) + slack:
+                found.append(
+                    Finding(name, what, *(f"{v / scale:.{3 if unit == ' s' else 1}f}{unit}" for v in values), allowed)
+                )
+
+    widest = max(band, WIDEST)
+    grew("median_s", "time", " s", 1, min(max(band, 3 * max(noise(was), noise(now))), widest))
+    grew("first_s", "first call", " s", 1, widest)
+    grew("peak_allocated", "peak", " MiB", 2**20, MEMORY_BAND)
+    grew("peak_reserved", "peak reserved", " MiB", 2**20, RESERVED_BAND)
+    grew("d2h_nbytes", "written back", " MiB", 2**20, 0.0, COPIED_SLACK)
+    grew("recompiles", "recompiles", "", 1, 0.0)
+    return found

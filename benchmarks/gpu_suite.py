@@ -1,11 +1,14 @@
 """Everything that needs a GPU, in one command that leaves a folder of results.
 
-    python -m benchmarks.gpu_suite --out DIR                 # the parts that fit ten minutes, the most telling first
-    python -m benchmarks.gpu_suite --out DIR --part flux     # only that part; can be repeated
+    python -m benchmarks.gpu_suite --out DIR                 # what fits ten minutes, the most telling first; again: the rest
+    python -m benchmarks.gpu_suite --out DIR --part flux     # only that part, also those that are run by hand alone
+    python -m benchmarks.gpu_suite --out DIR --model FOLDER  # modes, compiled and peers, of another model
     python -m benchmarks.gpu_suite --out DIR --device simgpu # the same at small size on the simulated accelerator
 
-Parts that DIR/suite.json has as done are left out, so that calling it again goes on. Each part is a process of its own,
-bounded in time, and writes into a folder of its own as it goes.
+Parts that DIR/suite.json has as done are left out, so that calling it again goes on; parts that failed or were killed come last
+then. Each part is a process of its own that is given no more time than is left. All rows of `benchmarks.offload` are in
+DIR/offload, so that a part that was stopped keeps its rows, and none measures what another one has. The bounds of all parts
+come to less than three runs of ten minutes.
 """
 
 from __future__ import annotations
@@ -22,154 +25,219 @@ from typing import Annotated
 
 import typer
 
-OFFLOAD = ("-m", "benchmarks.offload")
-PEERS = (
-    "group block stream",
-    "group leaf stream",
-    "group leaf stream record",
-    "cache-dit",
-    "flextensor",
-    "diffusers-mm",
-    "group block",
-    "sequential",
-)
+UNFINISHED = 3  # the exit code of a part that goes on when it is called again
+MARGIN_S = 30  # of a part's time: to start Python, and to end
+
+TELLING = ("resident", "stock", "ours:stock")
+PEERS = ("group leaf stream", "cache-dit", "flextensor", "diffusers-mm", "group block stream", "flextensor profiling")
+SLOW_PEERS = ("group leaf stream record", "group block stream record", "group leaf", "group block", "sequential")
 
 
 @dataclass(frozen=True)
 class Part:
-    """A command, its share of the time, and the environment variables it needs. `OUT` stands for its folder."""
+    """A command and its share of the time.
+
+    Attributes:
+        seconds: at most; less where less is left.
+        command: `DIR` stands for the suite's folder, `OUT` for the part's own, `SECONDS` for the time it may use.
+        least: not begun with less than this: what a part that keeps what it has needs to get anywhere; None: all of `seconds`.
+        by_hand: run only when it is asked for.
+        again: also when it is done: what it reads has changed.
+    """
 
     name: str
     seconds: int
     command: tuple[str, ...]
     environment: tuple[tuple[str, str], ...] = ()
+    least: int | None = None
+    by_hand: bool = False
+    again: bool = False
 
 
-@dataclass(frozen=True)
-class Scale:
-    """The same parts at full size, and small for the simulated accelerator.
-
-    Attributes:
-        models: suffix of a built-in model's name.
-        flux_budgets: from small to large; the default budget and stock's are run besides.
-        rounds, calls: at most so many.
-        cuda: there are kernels to time, and streams for PyTorch's sanitizer to watch.
-    """
-
-    models: str
-    flux_budgets: tuple[str, ...]
-    rounds: int
-    calls: int
-    cuda: bool
-
-
-GPU = Scale("", ("8GiB", "12GiB", "16GiB", "24GiB"), 2, 3, True)
-SMALL = Scale("-small", ("16MiB", "24MiB", "32MiB", "48MiB"), 1, 1, False)
-
-ALL_STEPS = {"sdxl": (30, 4), "flux": (28,)}
-FEW_STEPS = {"sdxl": (4,), "flux": (4,)}  # on the simulated accelerator, in place of those
-
-
-def parts(device: str) -> list[Part]:
-    """In order of what they tell."""
+def offload(
+    device: str,
+    name: str,
+    seconds: int,
+    model: str,
+    modes: tuple[str, ...],
+    steps: tuple[int, ...],
+    calls: int = 1,
+    rounds: int = 1,
+    compiled: str = "none",
+    by_hand: bool = False,
+) -> Part:
+    """Modes of a model. At small size: one call of one round, and the time of a busy machine."""
     small = device == "simgpu"
-    scale = SMALL if small else GPU
-    usual = FEW_STEPS if small else ALL_STEPS
+    calls, rounds, seconds = (1, 1, 300) if small else (calls, rounds, seconds)
+    command = ["-m", "benchmarks.offload", "--out", "DIR/offload", "--device", device, "--model", model]
+    command += ["--compile", compiled, "--rounds", str(rounds), "--calls", str(calls), "--seconds", "SECONDS"]
+    command += [word for n in steps for word in ("--steps", str(n))]
+    command += [word for mode in modes for word in ("--mode", mode)]
+    least = min(seconds, 60 if small else 110 if "flux" in model else 70)
+    return Part(name, seconds, tuple(command), least=least, by_hand=by_hand and not small)
 
-    def offload(
-        name: str,
-        seconds: int,
-        model: str,
-        modes: tuple[str, ...],
-        steps: tuple[int, ...] = (),
-        rounds: int = 1,
-        calls: int = 3,
-        compiled: str = "none",
-    ) -> Part:
-        command = [*OFFLOAD, "--out", "OUT", "--device", device, "--model", model + scale.models, "--compile", compiled]
-        command += [word for n in steps or usual[model] for word in ("--steps", str(n))]
-        command += ["--rounds", str(min(rounds, scale.rounds)), "--calls", str(min(calls, scale.calls))]
-        command += ["--seconds", str(seconds - 70)]  # what is begun by then has time to end
-        return Part(name, seconds, (*command, *(word for mode in modes for word in ("--mode", mode))))
+
+def parts(device: str, model: str | None = None) -> list[Part]:
+    """In order of what they tell. Bounds are by what an H200 is expected to need."""
+    small = device == "simgpu"
+    suffix = "-small" if small else ""
+    sdxl, flux, sd3 = (f"{m}{suffix}" for m in ("sdxl", "flux", "sd3"))
+    few = (4,)
+    usual, long = (few, few) if small else ((30, 4), (28, 4))
+    most = usual[:1]
+    budgets = ("16MiB", "24MiB", "32MiB", "48MiB") if small else ("8GiB", "12GiB", "16GiB", "24GiB")
+    middle = budgets[2]
+    ours = tuple(f"ours:{b}" for b in budgets)
+
+    def peers(budget: str, names: tuple[str, ...] = PEERS) -> tuple[str, ...]:
+        return (
+            names if small else tuple(f"{name}:{budget}" for name in names)
+        )  # no memory to take away on the simulated one
 
     tests = ("-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider")
-    budgets = tuple(f"ours:{b}" for b in scale.flux_budgets)
-    least, most_telling = budgets[0], budgets[2]
-    ours = ("ours:stock", "ours")
+    kernels = ("tests/test_kernels_cast.py", "tests/test_kernels_unpack.py")
+    plots = Part(
+        "plots", 60 if small else 20, ("-m", "benchmarks", "plot", "DIR/offload/offload.csv"), least=20, again=True
+    )
+    if model is not None:
+        return [
+            offload(device, "model", 400, model, (*TELLING, "ours"), usual, calls=2),
+            offload(device, "model-compiled", 400, model, TELLING, usual, compiled="regional"),
+            offload(device, "model-peers", 500, model, (*TELLING, *peers("stock")), most),
+            plots,
+        ]
     found = [
-        Part("tests", 150, (*tests, "tests/test_cuda.py")),
-        offload("sdxl", 280, "sdxl", ("resident", "stock", *ours), rounds=2, calls=2),
-        Part("kernel-tests", 90, (*tests, "tests/test_kernels_cast.py", "tests/test_kernels_unpack.py")),
+        offload(device, "sdxl", 260, sdxl, (*TELLING, "ours"), usual, calls=2, rounds=2),
+        Part("tests", 150 if small else 80, (*tests, "tests/test_cuda.py", *kernels)),
+        offload(device, "flux", 280, flux, ("resident", "stock", "ours", f"ours:{middle}"), long, calls=2),
+        offload(device, "flux-budgets", 170, flux, ("resident", ours[0], ours[3], ours[1]), long[:1]),
+        offload(device, "sdxl-compiled", 130, sdxl, TELLING, usual, compiled="regional"),
+        offload(device, "sdxl-peers", 150, sdxl, (*TELLING, *peers("stock")), most),
+        offload(device, "flux-peers", 200, flux, ("resident", f"ours:{middle}", *peers(middle, PEERS[:4])), long[:1]),
+        offload(device, "sdxl-whole", 130, sdxl, ("resident", "ours:stock"), most, compiled="whole"),
+        offload(device, "sdxl-steps", 80, sdxl, TELLING, (1, 8) if small else (1, 8, 50)),
+        # bfloat16 is what `packed` is for.
         offload(
-            "flux", 570, "flux", ("resident", "ours", most_telling, least, budgets[3], budgets[1], "stock"), calls=2
+            device,
+            "flux-transport",
+            100,
+            flux,
+            ("resident", *(f"ours:{middle}{t}" for t in ("", ":packed", ":fp8"))),
+            few,
         ),
-        Part("kernels", 200, ("-m", "benchmarks.kernels", "--out", "OUT", "--seconds", "150")),
-        Part("sanitizer", 120, (*tests, "tests/test_cuda.py", "-k", "sanitizer"), (("TORCH_CUDA_SANITIZER", "1"),)),
-        offload("sdxl-steps", 280, "sdxl", ("resident", "stock", "ours:stock"), (1, 8) if small else (1, 8, 50)),
-        offload("sdxl-compiled", 400, "sdxl", ("resident", "stock", *ours), compiled="regional"),
-        offload("sdxl-whole", 400, "sdxl", ("resident", "ours:stock"), compiled="whole"),
-        offload("sdxl-peers", 500, "sdxl", ("resident", *PEERS), () if small else (30,), calls=1),
-        offload("sdxl-transport", 300, "sdxl", tuple(f"ours:stock:{t}" for t in ("raw", "packed", "fp8"))),
-        offload("flux-4", 500, "flux", ("resident", "ours", most_telling, "stock", least), (4,), calls=2),
-        *(Part(f"plot-{m}", 60, ("-m", "benchmarks", "plot", f"{m}/offload.csv")) for m in ("sdxl", "flux")),
+        Part("kernels", 60, ("-m", "benchmarks.kernels", "--out", "OUT", "--seconds", "SECONDS")),
+        Part("sanitizer", 40, (*tests, "tests/test_cuda.py", "-k", "sanitizer"), (("TORCH_CUDA_SANITIZER", "1"),)),
+        # By hand on a GPU: more of the same than three runs have room for.
+        offload(
+            device, "sdxl-transport", 300, sdxl, (*TELLING, "ours:stock:packed", "ours:stock:fp8"), usual, by_hand=True
+        ),
+        offload(device, "sdxl-slow-peers", 500, sdxl, (*TELLING, *peers("stock", SLOW_PEERS)), few, by_hand=True),
+        offload(device, "sd3", 500, sd3, (*TELLING, "ours"), usual, calls=2, by_hand=True),
+        *(
+            offload(
+                device,
+                f"flux-peers-{b}",
+                560,
+                flux,
+                ("resident", f"ours:{b}", *peers(b, PEERS[:4])),
+                long[:1],
+                by_hand=True,
+            )
+            for b in budgets
+            if b != middle and not small
+        ),
+        plots,
     ]
-    return [p for p in found if scale.cuda or p.name not in ("kernels", "sanitizer")]
+    return [p for p in found if not small or p.name not in ("kernels", "sanitizer")]
 
 
 def run(part: Part, out: Path, limit_s: float) -> dict[str, object]:
     """Run one part. Returns what it was, how long it took and how it ended; its output is in the part's folder."""
     folder = out / part.name
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, *(str(folder) if w == "OUT" else w for w in part.command)]
-    command = [str(out / w) if w.endswith("/offload.csv") else w for w in command]
+    limit_s = min(part.seconds, limit_s)
+    names = {"OUT": str(folder), "SECONDS": str(int(limit_s - MARGIN_S))}
+    words = [names.get(w, str(out / w[4:]) if w.startswith("DIR/") else w) for w in part.command]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", **dict(part.environment)}
     began = time.monotonic()
-    with (folder / "output.txt").open("w") as output:
+    with (folder / "output.txt").open("a") as output:
         try:
             done = subprocess.run(
-                command,
+                [sys.executable, *words],
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                timeout=min(part.seconds, limit_s),
+                timeout=limit_s,
                 env=environment,
                 check=False,
             )
             ended: object = done.returncode
         except subprocess.TimeoutExpired:
             ended = "out of time"
-    words = shlex.join(["python", *(w.replace(str(out), "DIR") for w in command[1:])])
-    return {"command": words, "seconds": round(time.monotonic() - began, 1), "ended": ended}
+    command = shlex.join(["python", *(w.replace(str(out), "DIR") for w in words)])
+    return {"command": command, "seconds": round(time.monotonic() - began, 1), "ended": ended}
+
+
+def check(device: str) -> None:
+    """Exits with a message if there is no such device: not every part has to find that out."""
+    if device == "simgpu":
+        return
+    from prefetch_offload.commands import devices  # imports torch
+    from prefetch_offload.errors import SettingError
+
+    try:
+        devices.pick(device, simulate=False)
+    except SettingError as error:
+        typer.echo(f"{error} `--device simgpu` runs all parts at small size on the simulated one.", err=True)
+        raise typer.Exit(2) from None
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="folder for the results")],
+    out: Annotated[Path, typer.Option(help="folder for the results; what is in it is completed")],
     device: Annotated[str, typer.Option(help="cuda, or simgpu for the simulated accelerator at small size")] = "cuda",
-    seconds: Annotated[float, typer.Option(help="begin no part that may take longer than what is left of this")] = 580,
-    part: Annotated[list[str] | None, typer.Option(help="only these parts")] = None,
+    seconds: Annotated[
+        float, typer.Option(help="take no longer: a part gets what is left, or is left for the next run")
+    ] = 580,
+    part: Annotated[
+        list[str] | None, typer.Option(help="only these parts, also if they are done or run by hand")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="a folder or hub id, or a built-in model, in place of all parts")
+    ] = None,
 ) -> None:
-    """Exit code 1: a part failed."""
+    """Exit code 1: a part failed; 3: none did, but some are left for the next run; 2: it could not begin."""
     began = time.monotonic()
-    known = parts(device)
-    wanted = [p for p in known if part is None or p.name in part]
+    known = parts(device, model)
+    wanted = [p for p in known if (not p.by_hand if part is None else p.name in part)]
     if part is not None and len(wanted) < len(set(part)):
         raise typer.BadParameter(f"--part: {', '.join(p.name for p in known)}")
+    check(device)
     out.mkdir(parents=True, exist_ok=True)
     state_file = out / "suite.json"
     state = json.loads(state_file.read_text()) if state_file.is_file() else {}
-    failed = False
+
+    def ended(one: Part) -> object:
+        return state.get(one.name, {}).get("ended")
+
+    wanted.sort(key=lambda p: 2 if p.again else ended(p) not in (None, 0, UNFINISHED))
+    failed = left_over = False
     for one in wanted:
-        if part is None and state.get(one.name, {}).get("ended") == 0:
+        if part is None and ended(one) == 0 and not one.again:
             continue
         left = seconds - (time.monotonic() - began)
-        if left < min(one.seconds, 60):
+        if left < (one.seconds if one.least is None else one.least):
             print(f"{one.name}: left for the next run", flush=True)
+            left_over = True
             continue
+        state[one.name] = {"ended": "killed"}  # what stays if the suite is
+        state_file.write_text(json.dumps(state, indent=1))
         state[one.name] = run(one, out, left)
         state_file.write_text(json.dumps(state, indent=1))
-        failed |= state[one.name]["ended"] != 0
-        print(f"{one.name}: {state[one.name]['ended']} after {state[one.name]['seconds']} s", flush=True)
-    if failed:
-        raise typer.Exit(1)
+        left_over |= ended(one) == UNFINISHED
+        failed |= ended(one) not in (0, UNFINISHED)
+        how = {0: "done", UNFINISHED: "goes on in the next run"}.get(ended(one), f"failed ({ended(one)})")  # type: ignore[call-overload]
+        print(f"{one.name}: {how} after {state[one.name]['seconds']} s", flush=True)
+    if failed or left_over:
+        raise typer.Exit(1 if failed else UNFINISHED)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,16 @@ place("group leaf stream", pipe, device)
 place("ours:8GiB", pipe, device)             # budget
 place("ours:stock", pipe, device)
 place("ours:8GiB:packed", pipe, device)      # budget and transport
+place("cache-dit:8GiB", pipe, device, limit) # a peer on a device that has 8 GiB free; `stock`: what stock offload took
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Callable
+import math
+import sys
+from collections.abc import Callable, Iterator
 from importlib import metadata, util
 from typing import Any
 
@@ -18,13 +22,18 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 import prefetch_offload
+from prefetch_offload.config import parse_budget
+
+Place = Callable[[DiffusionPipeline, torch.device, "int | None"], Any]
+EXACT = ("", "raw", "packed", "auto")  # transports that leave images as they are
+PROFILING = 12  # passes after which FlexTensor 0.5.0 goes by its plan: one of discovery, ten of profiling, one more
 
 # What each peer is called on the package index, and what is imported.
 PEERS = {"cache-dit": "cache_dit", "flextensor": "flextensor", "diffusers-mm": "diffusers_mm"}
 
 
 class NotHere(Exception):
-    """A mode cannot run: its package is not installed."""
+    """A mode cannot run here: its package is not installed, or the device cannot be limited."""
 
 
 def largest(pipe: DiffusionPipeline) -> tuple[str, nn.Module]:
@@ -34,20 +43,20 @@ def largest(pipe: DiffusionPipeline) -> tuple[str, nn.Module]:
     return name, found[name]
 
 
-def _resident(pipe: DiffusionPipeline, device: torch.device) -> None:
+def _resident(pipe: DiffusionPipeline, device: torch.device, limit: int | None) -> None:
     pipe.to(device)
 
 
-def _stock(pipe: DiffusionPipeline, device: torch.device) -> None:
+def _stock(pipe: DiffusionPipeline, device: torch.device, limit: int | None) -> None:
     pipe.enable_model_cpu_offload(device=device)
 
 
-def _sequential(pipe: DiffusionPipeline, device: torch.device) -> None:
+def _sequential(pipe: DiffusionPipeline, device: torch.device, limit: int | None) -> None:
     pipe.enable_sequential_cpu_offload(device=device)
 
 
-def _group(level: str, stream: bool = False, record: bool = False) -> Callable[[DiffusionPipeline, torch.device], None]:
-    def place(pipe: DiffusionPipeline, device: torch.device) -> None:
+def _group(level: str, stream: bool = False, record: bool = False) -> Place:
+    def place(pipe: DiffusionPipeline, device: torch.device, limit: int | None) -> None:
         blocks = {"num_blocks_per_group": 1} if level == "block_level" else {}
         pipe.enable_group_offload(
             onload_device=device, offload_type=level, use_stream=stream, record_stream=record, **blocks
@@ -56,7 +65,7 @@ def _group(level: str, stream: bool = False, record: bool = False) -> Callable[[
     return place
 
 
-def _cache_dit(pipe: DiffusionPipeline, device: torch.device) -> None:
+def _cache_dit(pipe: DiffusionPipeline, device: torch.device, limit: int | None) -> None:
     """Every component of the pipeline, copies on streams of its own."""
     offload = importlib.import_module("cache_dit.offload")
     offload.layerwise_cpu_offload(
@@ -64,59 +73,130 @@ def _cache_dit(pipe: DiffusionPipeline, device: torch.device) -> None:
     )
 
 
-def _flextensor(pipe: DiffusionPipeline, device: torch.device) -> None:
-    """It takes one model; the other components stay on the device. Its profiling runs are part of the first call."""
+def _flextensor(pipe: DiffusionPipeline, device: torch.device, limit: int | None) -> None:
+    """It takes one model; the other components stay on the device."""
     flextensor = importlib.import_module("flextensor")
     name, model = largest(pipe)
     for other, module in pipe.components.items():
         if isinstance(module, nn.Module) and other != name:
             module.to(device)
-    setattr(pipe, name, flextensor.offload(model, flextensor.OffloadConfig(gpu_device=device.index or 0)))
+    own = {}
+    if limit is not None:
+        own["max_gpu_mem_fraction"] = limit / torch.get_device_module(device).mem_get_info(device)[1]
+    setattr(pipe, name, flextensor.offload(model, flextensor.OffloadConfig(gpu_device=device.index or 0, **own)))
 
 
-def _diffusers_mm(pipe: DiffusionPipeline, device: torch.device) -> None:
+def _diffusers_mm(pipe: DiffusionPipeline, device: torch.device, limit: int | None) -> None:
+    """It goes by the free memory of the device."""
     importlib.import_module("diffusers_mm").managed(pipe, device=device)
 
 
-MODES: dict[str, Callable[[DiffusionPipeline, torch.device], Any]] = {
+MODES: dict[str, Place] = {
     "resident": _resident,
     "stock": _stock,
-    "sequential": _sequential,
-    "group block": _group("block_level"),
-    "group block stream": _group("block_level", stream=True),
     "group leaf stream": _group("leaf_level", stream=True),
     "group leaf stream record": _group("leaf_level", stream=True, record=True),
+    "group block stream": _group("block_level", stream=True),
+    "group block stream record": _group("block_level", stream=True, record=True),
     "cache-dit": _cache_dit,
     "flextensor": _flextensor,
+    "flextensor profiling": _flextensor,
     "diffusers-mm": _diffusers_mm,
+    "group leaf": _group("leaf_level"),
+    "group block": _group("block_level"),
+    "sequential": _sequential,
 }
 
 
+def parts(mode: str) -> tuple[str, str, str]:
+    """Name, budget and transport; empty where not given."""
+    name, budget, transport = (*mode.split(":"), "", "")[:3]
+    return name, budget, transport
+
+
+def warm_calls(mode: str, steps: int) -> int:
+    """Calls before the timed ones. The second of ours is the first with a plan; where profiling counts there are none."""
+    name = parts(mode)[0]
+    if name == "flextensor profiling":
+        return 0
+    return {"ours": 2, "flextensor": math.ceil(PROFILING / steps)}.get(name, 1)
+
+
 def check(mode: str) -> None:
-    """Raises ValueError if there is no such mode."""
-    if mode not in MODES and mode.split(":")[0] != "ours":
-        raise ValueError(f"mode {mode!r} is not known: {', '.join(MODES)}, ours, ours:BUDGET or ours:BUDGET:TRANSPORT")
+    """Raises ValueError if there is no such mode, or no such budget."""
+    name, budget, transport = parts(mode)
+    if name != "ours" and (name not in MODES or transport):
+        raise ValueError(
+            f"mode {mode!r} is not known: {', '.join(MODES)}, each with or without :BUDGET, "
+            "ours, ours:BUDGET or ours:BUDGET:TRANSPORT"
+        )
+    parse_budget(budget or None)
 
 
-def place(mode: str, pipe: DiffusionPipeline, device: torch.device, **settings: Any) -> prefetch_offload.Offload | None:
+@contextlib.contextmanager
+def limited(device: torch.device, limit: int | None) -> Iterator[int]:
+    """Leave `limit` bytes of the device free, as on a smaller one: it binds every mode alike, also those that have no setting
+    for it. Gives the bytes taken away.
+
+    Raises:
+        NotHere: this device has no memory that could be taken away, or less than that is free.
+    """
+    if limit is None:
+        yield 0
+        return
+    if device.type != "cuda":
+        raise NotHere(f"a limit of memory needs a CUDA device, not {device.type}")
+    spare = torch.cuda.mem_get_info(device)[0] - limit
+    if spare < 0:
+        raise NotHere(f"less than {limit} bytes are free")
+    held = torch.empty(spare, dtype=torch.uint8, device=device)
+    try:
+        yield spare
+    finally:
+        del held
+        torch.cuda.empty_cache()
+
+
+def place(
+    mode: str, pipe: DiffusionPipeline, device: torch.device, limit: int | None = None, **settings: Any
+) -> prefetch_offload.Offload | None:
     """Make `pipe` run in `mode` on `device`. Returns our handle, if it is ours.
 
     Args:
+        limit: bytes, for a peer that has a setting for it. The caller sees to it that no more is free (`limited`).
         settings: for ours, as for `prefetch_offload.enable`.
 
     Raises:
         NotHere: the peer is not installed.
     """
     check(mode)
-    if mode in MODES:
-        if mode in PEERS and util.find_spec(PEERS[mode]) is None:
-            raise NotHere(f"{mode} is not installed")
-        MODES[mode](pipe, device)
+    name, budget, transport = parts(mode)
+    if name != "ours":
+        package = package_of(name)
+        if package and util.find_spec(PEERS[package]) is None:
+            raise NotHere(f"{package} is not installed")
+        MODES[name](pipe, device, limit)
         return None
-    _, budget, transport = (*mode.split(":"), "", "")[:3]
     if transport:
         settings["transport"] = transport
     return prefetch_offload.enable(pipe, device=device, budget=budget or None, **settings)
+
+
+def package_of(name: str) -> str | None:
+    """What a peer is called on the package index; None: it is diffusers' own, or ours."""
+    return next((p for p in PEERS if name.split(" ")[0] == p), None)
+
+
+def remove(mode: str, pipe: DiffusionPipeline, offload: prefetch_offload.Offload | None) -> None:
+    """The end of a mode, before its pipeline goes."""
+    name = parts(mode)[0]
+    if offload is not None:
+        offload.disable()
+    elif name in ("stock", "sequential"):
+        pipe.remove_all_hooks()
+    elif package_of(name) == "flextensor" and "flextensor" in sys.modules:
+        with contextlib.suppress(Exception):  # the figures are there; what it keeps shows in the peaks of the next
+            sys.modules["flextensor"].release(preserve_model=False)
 
 
 def versions() -> dict[str, str | None]:

@@ -3,230 +3,233 @@
     python -m benchmarks.offload --out DIR [--device cuda] [--model sdxl] [--steps 30 --steps 4] [--mode stock --mode ours:8GiB]
 
 Modes take turns in each round, so that drift of clocks and temperature hits all of them alike; every visit builds its pipeline
-anew. Writes offload.csv (a row per mode and step count; a mode that cannot run is a row that says why), offload.json (the
-machine, the link as measured in this run, versions, commit and command) and a Perfetto trace of each of our modes. On the
-simulated accelerator every row says so; so must who quotes it.
+anew. Writes offload.csv (a row per mode and step count, see `benchmarks.rows`; a mode that cannot run is a row that says why),
+offload.json (the same, with what the machine of each run was) and a Perfetto trace of each of our modes.
+
+What offload.csv in DIR has already stays, and only what is missing is run: the rest after a run that was stopped, or other
+modes and step counts. A mode that a run was stopped in comes last. What ours or resident failed at, and rows of another GPU
+or of other versions, are measured anew. On the simulated accelerator every row says so; so must who quotes it.
 """
 
 from __future__ import annotations
 
-import csv
+import contextlib
 import dataclasses
 import gc
 import hashlib
 import json
+import os
+import platform
 import shlex
-import statistics
+import signal
 import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import psutil
 import torch
 import typer
 from diffusers import DiffusionPipeline
 
 from prefetch_offload.commands import devices, link, running
+from prefetch_offload.config import parse_nbytes
+from prefetch_offload.errors import SettingError
 from prefetch_offload.testing.pipelines import scaled
 
-from . import models, modes
+from . import models, modes, watch
+from .rows import KEY, Row, read, write
 
 # What is compared unless modes are named. Peers that are not installed are rows that say so.
 DEFAULT = ("resident", "stock", "ours:stock", "ours", *(m for m in modes.MODES if m not in ("resident", "stock")))
 COMPILE = ("none", "regional", "whole")
+DTYPES = ("float16", "bfloat16", "float32")
+LATE = "out of time"
+STOPPED = "did not end"  # what a row says while it is measured: who is killed or runs out of time leaves it so
+EXIT_UNFINISHED = 3
 
 
-@dataclasses.dataclass
-class Row:
-    """One mode at one step count. Seconds are over all timed calls of all rounds.
+class Late(BaseException):
+    """Time is up while a mode is measured. No `Exception`, so that nobody else takes it for theirs."""
 
-    Attributes:
-        compile: what was compiled: nothing, the denoiser's repeated blocks, or the denoiser as one graph.
-        first_s: the first call, of the first round.
-        peak_allocated: the allocator's peak during the timed calls, less what was allocated before the mode began.
-        peak_reserved: the same of what the allocator took from the driver.
-        driver_nbytes: device memory in use by the driver's figure after the timed calls, contexts included.
-        rss_nbytes, pinned_nbytes: host memory of the process, and what of it we have pinned.
-        exposed_ms, hidden_ms: copy time per call that compute waited for, or did not; None where it is not known.
-        link_gbps: bytes over busy time of the copy stream.
-        graphs, recompiles: of the whole run; None where nobody counts.
-        predicted_s, bound_s: a call by our plan, and the physical limit in that budget over the measured link.
-        image: hash of the last image; `equal` compares it with the resident one.
-        error: why there are no figures.
-    """
 
-    model: str
-    mode: str
-    compile: str
-    steps: int
-    simulated: bool
-    first_s: float | None = None
-    median_s: float | None = None
-    q25_s: float | None = None
-    q75_s: float | None = None
-    slowest_s: float | None = None
-    calls: int = 0
-    rounds: int = 0
-    peak_allocated: int | None = None
-    peak_reserved: int | None = None
-    driver_nbytes: int | None = None
-    rss_nbytes: int | None = None
-    pinned_nbytes: int | None = None
-    enable_s: float | None = None
-    exposed_ms: float | None = None
-    hidden_ms: float | None = None
-    h2d_nbytes: int | None = None
-    d2h_nbytes: int | None = None
-    link_gbps: float | None = None
-    graphs: int | None = None
-    recompiles: int | None = None
-    predicted_s: float | None = None
-    bound_s: float | None = None
-    image: str = ""
-    equal: bool | None = None
-    error: str = ""
-    times: list[float] = dataclasses.field(default_factory=list, repr=False)
+@contextlib.contextmanager
+def alarm(seconds: float) -> Iterator[None]:
+    """Raise `Late` in the block once so much time has passed."""
 
-    def took(self, seconds: list[float]) -> None:
-        """So many more timed calls."""
-        self.times += seconds
-        self.calls, self.rounds = len(self.times), self.rounds + 1
-        ordered = sorted(self.times)
-        quartiles = statistics.quantiles(ordered, n=4) if len(ordered) > 1 else [ordered[0]] * 3
-        self.q25_s, self.median_s, self.q75_s = quartiles[0], statistics.median(ordered), quartiles[2]
-        self.slowest_s = ordered[-1]
+    def ring(*_: object) -> None:
+        raise Late
 
-    def record(self) -> dict[str, Any]:
-        """As written: without the single times."""
-        found = dataclasses.asdict(self)
-        del found["times"]
-        return found
+    if seconds > 1e6:
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @dataclasses.dataclass(frozen=True)
 class Scenario:
-    """What is run: a built-in model, or a folder or hub id; step counts; what is compiled; timed calls of a visit."""
+    """A model (built-in, a folder or a hub id), its dtype and image size, what is compiled, and timed calls of a visit."""
 
     model: str
-    steps: tuple[int, ...]
+    dtype: str
+    height: int
+    width: int
     compile: str
     calls: int
     device: torch.device
 
     @property
-    def small(self) -> bool:
-        return self.model in SMALL
-
-    @property
     def simulated(self) -> bool:
         return devices.simulator(self.device) is not None
 
+    def row(self, mode: str, steps: int) -> Row:
+        """Its row, without figures."""
+        return Row(
+            self.model, mode, self.compile, steps, self.simulated, self.height, self.width, self.dtype, _budget_of(mode)
+        )
+
 
 # Small versions of the same, for a machine without a GPU.
-SMALL = {
+SMALL: dict[str, dict[str, int]] = {
     "flux-small": {"width": 192, "layers": 4, "text_width": 192, "text_layers": 8},
     "sdxl-small": {"width": 64},
+    "sd3-small": {"width": 64},
 }
 
 
-def build(model: str) -> DiffusionPipeline:
+def _budget_of(mode: str) -> str:
+    name, budget, _ = modes.parts(mode)
+    return budget or ("default" if name == "ours" else "")
+
+
+def default_dtype(model: str) -> str:
+    return "float32" if model in SMALL else "float16" if model in ("sdxl", "sd3") else "bfloat16"
+
+
+def build(scenario: Scenario) -> DiffusionPipeline:
+    model, dtype = scenario.model, getattr(torch, scenario.dtype)
     if model in models.PIPELINES:
-        return models.PIPELINES[model]()
+        return models.PIPELINES[model](dtype)
     if model in SMALL:
-        return scaled(model.removesuffix("-small"), **SMALL[model]).build()
-    return models.silent(running.load(model, torch.bfloat16))
+        return scaled(model.removesuffix("-small"), **SMALL[model]).build(dtype)
+    return models.silent(running.load(model, dtype))
 
 
-def call(pipe: DiffusionPipeline, model: str, steps: int) -> np.ndarray:
-    size = 64 if model in SMALL else 1024
+def call(pipe: DiffusionPipeline, scenario: Scenario, steps: int) -> np.ndarray:
     generator = torch.Generator("cpu").manual_seed(0)
-    inputs = {"height": size, "width": size, "num_inference_steps": steps, "generator": generator, "output_type": "np"}
-    if model == "flux-small":
+    inputs = {"num_inference_steps": steps, "generator": generator, "output_type": "np"}
+    if scenario.model in ("flux-small", "sd3-small"):
         inputs["max_sequence_length"] = 32
-    return np.asarray(pipe("a serene lake at dawn", **inputs).images)
+    size = {"height": scenario.height, "width": scenario.width}
+    return np.asarray(pipe("a serene lake at dawn", **size, **inputs).images)
 
 
-def visit(scenario: Scenario, mode: str, rows: dict[int, Row], out: Path) -> None:
-    """One visit to one mode, on a fresh pipeline: its figures go into `rows`, by step count."""
+def visit(
+    scenario: Scenario, mode: str, rows: list[Row], limit: int | None, out: Path, done: Callable[[Row], None]
+) -> None:
+    """One visit to one mode, on a fresh pipeline, with at most `limit` bytes of the device: its figures go into `rows`, one for
+    each step count, and `done` hears of each."""
     device = scenario.device
     module: Any = torch.get_device_module(device)
     gc.collect()
-    module.empty_cache()
-    before = module.memory_allocated(device)
-    pipe = build(scenario.model)
-    start = time.perf_counter()
-    settings = {"unit_min": 64 << 10, "unit_max": 512 << 10} if scenario.small else {}
-    offload = modes.place(mode, pipe, device, **(settings if mode.startswith("ours") else {}))
-    enable_s = time.perf_counter() - start
-    if scenario.compile != "none":
-        torch._dynamo.reset()  # what the mode before has compiled would do for this one
-        _, denoiser = modes.largest(pipe)
-        # Inductor has no code for the simulated accelerator.
-        options: dict[str, Any] = {"fullgraph": True, **({"backend": "aot_eager"} if scenario.simulated else {})}
-        if scenario.compile == "regional":
-            denoiser.compile_repeated_blocks(**options)
-        else:
-            denoiser.compile(**options)
+    watch.settle(device)
+    ours = mode.split(":")[0] == "ours"
+    with modes.limited(device, limit) as taken:
+        before, before_reserved = module.memory_allocated(device), module.memory_reserved(device)
+        pipe, offload = build(scenario), None
+        try:
+            start = time.perf_counter()
+            settings = {"unit_min": 64 << 10, "unit_max": 512 << 10} if ours and scenario.model in SMALL else {}
+            offload = modes.place(mode, pipe, device, limit, **settings)
+            enable_s = time.perf_counter() - start
+            _compile(pipe, scenario)
+            compiled = watch.compiles()
 
-    def timed(steps: int) -> tuple[float, np.ndarray]:
-        torch.accelerator.synchronize(device)
-        start = time.perf_counter()
-        image = call(pipe, scenario.model, steps)
-        torch.accelerator.synchronize(device)
-        return time.perf_counter() - start, image
+            def timed(steps: int) -> tuple[float, np.ndarray]:
+                torch.accelerator.synchronize(device)
+                start = time.perf_counter()
+                image = call(pipe, scenario, steps)
+                torch.accelerator.synchronize(device)
+                return time.perf_counter() - start, image
 
-    try:
-        for steps in scenario.steps:
-            row = rows[steps]
-            first, image = timed(steps)
-            timed(steps)  # the second call of ours is the first with a plan
-            module.reset_peak_memory_stats(device)
-            stats = offload.stats if offload is not None else None
-            times = []
-            for _ in range(scenario.calls):
-                seconds, image = timed(steps)
-                times.append(seconds)
-            if row.first_s is None:
-                row.first_s, row.enable_s = first, enable_s
-            row.took(times)
-            row.peak_allocated = max(row.peak_allocated or 0, module.max_memory_allocated(device) - before)
-            row.peak_reserved = max(row.peak_reserved or 0, module.max_memory_reserved(device))
-            free, total = module.mem_get_info(device)
-            row.driver_nbytes = max(row.driver_nbytes or 0, total - free)
-            row.rss_nbytes = max(row.rss_nbytes or 0, psutil.Process().memory_info().rss)
-            image_hash = hashlib.sha256(image.tobytes()).hexdigest()[:16]
-            if row.image and row.image != image_hash:
-                row.error = "its own images differ"
-            row.image = image_hash
-            if offload is not None and stats is not None:
-                _ours(row, stats, offload.stats, scenario.calls)
-            print(f"{mode}, {steps} steps: {row.median_s:.3f} s, peak {row.peak_allocated / 2**30:.2f} GiB", flush=True)
-        if offload is not None:
-            name = f"{scenario.model}-{mode}-{scenario.compile}".replace(":", "-").replace("/", "-")
-            offload.trace(out / f"trace-{name}.json")
-            (out / "reports.txt").open("a").write(f"{scenario.model}, {mode}, {scenario.compile}\n{offload.report()}\n")
-    finally:
-        if offload is not None:
-            offload.disable()
-        elif mode == "stock":
-            pipe.remove_all_hooks()
+            for number, row in enumerate(rows):
+                first: float | None = None
+                for _ in range(modes.warm_calls(mode, row.steps)):
+                    seconds, _image = timed(row.steps)
+                    first = first or seconds
+                module.reset_peak_memory_stats(device)
+                stats, copied = offload.stats if offload is not None else None, watch.copied_nbytes(device)
+                times = []
+                with watch.Peaks(device) as peaks:
+                    for _ in range(scenario.calls):
+                        seconds, image = timed(row.steps)
+                        times.append(seconds)
+                if number == 0 and row.first_s is None:
+                    row.first_s = first or times[0]
+                row.enable_s = row.enable_s or enable_s
+                row.took(times)
+                row.most(
+                    peak_allocated=module.max_memory_allocated(device) - before,
+                    peak_reserved=module.max_memory_reserved(device) - before_reserved,
+                    driver_nbytes=None if peaks.device_nbytes is None else peaks.device_nbytes - taken,
+                    rss_nbytes=peaks.rss_nbytes,
+                    pinned_nbytes=watch.pinned_nbytes(device),
+                )
+                if copied is not None:
+                    now = watch.copied_nbytes(device) or copied
+                    row.h2d_nbytes, row.d2h_nbytes = (
+                        (b - a) // scenario.calls for a, b in zip(copied, now, strict=True)
+                    )
+                if scenario.compile != "none" and compiled is not None:
+                    later = watch.compiles() or compiled
+                    row.graphs, row.recompiles = (b - a for a, b in zip(compiled, later, strict=True))
+                if offload is not None and stats is not None:
+                    _ours(row, stats, offload, scenario.calls)
+                image_hash = hashlib.sha256(image.tobytes()).hexdigest()[:16]
+                row.error = "its own images differ" if row.image not in ("", image_hash) else ""
+                row.image = image_hash
+                peak = (row.peak_allocated or 0) / 2**30
+                print(f"{mode}, {row.steps} steps: {row.median_s:.3f} s, peak {peak:.2f} GiB", flush=True)
+                done(row)
+            if offload is not None:
+                steps = "-".join(str(row.steps) for row in rows)
+                name = f"{scenario.model}-{mode}-{scenario.compile}-{steps}".replace(":", "-").replace("/", "-")
+                offload.trace(out / f"trace-{name}.json")
+                with (out / "reports.txt").open("a") as reports:
+                    reports.write(f"{scenario.model}, {mode}, {scenario.compile}, {steps}\n{offload.report()}\n")
+        finally:
+            modes.remove(mode, pipe, offload)
 
 
-def _ours(row: Row, stats: Any, later: Any, calls: int) -> None:
-    row.exposed_ms = (sum(c.exposed_ms for c in later.components) - sum(c.exposed_ms for c in stats.components)) / calls
-    row.hidden_ms = (sum(c.hidden_ms for c in later.components) - sum(c.hidden_ms for c in stats.components)) / calls
+def _compile(pipe: DiffusionPipeline, scenario: Scenario) -> None:
+    if scenario.compile == "none":
+        return
+    torch._dynamo.reset()  # what the mode before has compiled would do for this one
+    _, denoiser = modes.largest(pipe)
+    # Inductor has no code for the simulated accelerator.
+    options: dict[str, Any] = {"fullgraph": True, **({"backend": "aot_eager"} if scenario.simulated else {})}
+    (denoiser.compile_repeated_blocks if scenario.compile == "regional" else denoiser.compile)(**options)
+
+
+def _ours(row: Row, stats: Any, offload: Any, calls: int) -> None:
+    """What only we record, in place of what could be told from outside."""
+    later = offload.stats
     row.h2d_nbytes = (later.h2d_nbytes - stats.h2d_nbytes) // calls
     row.d2h_nbytes = (later.d2h_nbytes - stats.d2h_nbytes) // calls
-    row.link_gbps, row.pinned_nbytes = later.link_gbps, later.pinned_nbytes
-    compiled = [c for c in later.components if getattr(c, "graphs", None)]
-    if compiled:
-        row.graphs = sum(c.graphs for c in compiled)
-        row.recompiles = sum(len(c.recompiles) for c in compiled)
+    row.pinned_nbytes = later.pinned_nbytes
+    found = watch.copies(offload.timeline(), calls)
+    if found is not None:
+        row.exposed_ms, row.hidden_ms, row.copy_gbps = found
     if later.last_call:
         row.predicted_s, row.bound_s = _seconds(later.last_call.predicted_ms), _seconds(later.last_call.bound_ms)
 
@@ -235,84 +238,184 @@ def _seconds(ms: float | None) -> float | None:
     return None if ms is None else ms / 1e3
 
 
-def machine(device: torch.device, gbps: link.Link) -> dict[str, Any]:
-    """What the figures depend on."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    driver = None
-    if device.type == "cuda":
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+def processor() -> str:
+    """The host's, and how many of its cores are here."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def told_by(*command: str) -> str:
+    """What a program prints; nothing if it fails or is not there."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def machine(device: torch.device, out: Path) -> dict[str, Any]:
+    """What the figures depend on, by the names of a row's columns; and `peers`, their versions."""
+    smi = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    measured = link.measure(device)
+    versions = [f"{p} {metadata.version(p)}" for p in ("torch", "diffusers", "accelerate", "transformers")]
     return {
-        "device": devices.describe(device),
-        "link": dataclasses.asdict(gbps),
-        "driver": driver,
-        "python": sys.version.split()[0],
-        "versions": {p: metadata.version(p) for p in ("torch", "diffusers", "accelerate", "transformers")}
-        | modes.versions(),
-        "commit": commit or None,
-        "command": shlex.join(["python", "-m", "benchmarks.offload", *sys.argv[1:]]),
+        "gpu": devices.describe(device),
+        "host": processor(),
+        "link_gbps": measured.h2d_pinned_gbps or measured.h2d_pageable_gbps,
+        "driver": told_by(*smi) if device.type == "cuda" else "",
+        "versions": ", ".join([*versions, f"python {sys.version.split()[0]}"]),
+        "commit": told_by("git", "rev-parse", "HEAD")
+        or os.environ.get("BENCHMARK_COMMIT", ""),  # a copy of the files has no history
+        "command": shlex.join(
+            ["python", "-m", "benchmarks.offload", *("OUT" if w == str(out) else w for w in sys.argv[1:])]
+        ),
+        "link": dataclasses.asdict(measured),
+        "peers": modes.versions(),
     }
 
 
+def ours_fails(row: Row) -> bool:
+    """A row that must not be: ours without figures or with another image, or resident without, but for a model too large."""
+    name, _, transport = modes.parts(row.mode)
+    if name not in ("resident", "ours") or (name == "resident" and row.error.startswith("OutOfMemoryError")):
+        return False
+    return row.error not in ("", LATE, STOPPED) or (row.equal is False and transport in modes.EXACT)
+
+
+def limit_of(mode: str, rows: list[Row]) -> int | None:
+    """The bytes that a mode may use which has no budget of its own. `stock`: what stock offload took from the driver."""
+    name, budget, _ = modes.parts(mode)
+    if name == "ours" or not budget:
+        return None
+    if budget != "stock":
+        return parse_nbytes(budget, "budget")
+    taken = [r.peak_reserved for r in rows if r.mode == "stock" and r.peak_reserved]
+    if not taken:
+        raise modes.NotHere("stock offload has not been measured, whose memory this is to be held to")
+    return max(taken)
+
+
 def main(
-    out: Annotated[Path, typer.Option(help="folder for the results")],
+    out: Annotated[Path, typer.Option(help="folder for the results; what is in it is completed")],
     device: Annotated[str | None, typer.Option(help="cuda, xpu, simgpu; found when left out")] = None,
-    model: Annotated[str, typer.Option(help="sdxl, sd3, flux, sdxl-small, flux-small, a folder or a hub id")] = "sdxl",
+    model: Annotated[str, typer.Option(help="sdxl, sd3, flux, any of them with -small, a folder or a hub id")] = "sdxl",
     steps: Annotated[list[int] | None, typer.Option()] = None,
     mode: Annotated[list[str] | None, typer.Option(help="see benchmarks.modes; can be repeated")] = None,
     compile: Annotated[str, typer.Option(help="none, regional or whole")] = "none",
     rounds: Annotated[int, typer.Option(min=1, help="visits to each mode, in turns")] = 2,
     calls: Annotated[int, typer.Option(min=1, help="timed calls of a visit")] = 3,
-    seconds: Annotated[float, typer.Option(help="begin no visit after so long")] = 1e9,
+    seconds: Annotated[
+        float, typer.Option(help="stop after so long; what is missing then is left for the next run")
+    ] = 1e9,
+    dtype: Annotated[str | None, typer.Option(help="float16, bfloat16, float32; the model's own when left out")] = None,
+    height: Annotated[int | None, typer.Option(help="of the image; 1024, or 64 of small models")] = None,
+    width: Annotated[int | None, typer.Option()] = None,
 ) -> None:
-    """Measure modes in turns and write the results."""
+    """Measure modes in turns and write the results. Exit code 1: resident or ours failed, or ours drew another image; 3: out of
+    time, and the same command goes on; 2: it could not begin."""
     started = time.monotonic()
-    chosen = list(mode or DEFAULT)
-    for name in chosen:
-        modes.check(name)
-    if compile not in COMPILE:
-        raise typer.BadParameter(f"--compile {compile}: {', '.join(COMPILE)}")
-    out.mkdir(parents=True, exist_ok=True)
-    where = devices.pick(None if device == "simgpu" else device, simulate=device == "simgpu")
-    scenario = Scenario(model, tuple(steps or [30, 4]), compile, calls, where)
-    record: dict[str, Any] = {"machine": machine(where, link.measure(where))}
-    rows = {m: {s: Row(model, m, compile, s, scenario.simulated) for s in scenario.steps} for m in chosen}
-    failed = False
-    for number in range(rounds):
+    chosen = list(dict.fromkeys(mode or DEFAULT))
+    try:
         for name in chosen:
-            mine = rows[name]
-            if any(r.error for r in mine.values()):
-                continue
-            if time.monotonic() - started > seconds:
-                for row in mine.values():
-                    row.error = row.error or ("" if row.calls else "out of time")
-                continue
-            try:
-                visit(scenario, name, mine, out)
-            except Exception as error:  # a mode that fails is a row that says so
-                for row in mine.values():
-                    row.error = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-                failed |= name.startswith("ours") or name == "resident"
-                print(f"{name} failed: {error}", flush=True)
-                if not isinstance(error, modes.NotHere):
-                    (out / "errors.txt").open("a").write(f"{name}\n{traceback.format_exc()}\n")
-            truth = {s: r.image for s, r in rows.get("resident", {}).items() if r.image}
-            for row in (r for some in rows.values() for r in some.values()):
-                row.equal = row.image == truth[row.steps] if row.image and row.steps in truth else None
-            write(out, [r for some in rows.values() for r in some.values()], record, number + 1)
-    if failed or any(r.equal is False for n, some in rows.items() if n.startswith("ours") for r in some.values()):
+            modes.check(name)
+        if compile not in COMPILE:
+            raise ValueError(f"--compile {compile}: {', '.join(COMPILE)}")
+        if dtype not in (None, *DTYPES):
+            raise ValueError(f"--dtype {dtype}: {', '.join(DTYPES)}")
+        out.mkdir(parents=True, exist_ok=True)
+        where = devices.pick(None if device == "simgpu" else device, simulate=device == "simgpu")
+        known = read(out / "offload.csv") if (out / "offload.csv").is_file() else []
+    except (ValueError, SettingError) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from None
+    size = 64 if model in SMALL else 1024
+    scenario = Scenario(model, dtype or default_dtype(model), height or size, width or size, compile, calls, where)
+    about = machine(where, out)
+    earlier = out / "offload.json"
+    runs = [*(json.loads(earlier.read_text())["runs"] if earlier.is_file() else []), about]
+    table = {r.key: r for r in known}
+    fresh = [scenario.row(name, s) for name in chosen for s in dict.fromkeys(steps or [30, 4])]
+    stopped = {r.mode for r in fresh if r.key in table and table[r.key].error == STOPPED}
+    mine = [_resumed(row, table, about) for row in fresh]
+
+    def save(_: Row | None = None) -> None:
+        truth = {_scene(r): r.image for r in table.values() if r.mode == "resident" and r.image}
+        for row in table.values():
+            row.equal = row.image == truth[_scene(row)] if row.image and _scene(row) in truth else None
+        write(out, list(table.values()), runs)
+
+    late = False
+    for number in range(rounds):
+        for name in sorted(chosen, key=lambda n: n in stopped):
+            todo = [r for r in mine if r.mode == name and r.rounds <= number and not r.error]
+            # Only the first step count of a visit has a fresh pipeline's profiling in it.
+            for some in [[r] for r in todo] if modes.warm_calls(name, 1) == 0 else [todo]:
+                if not some:
+                    continue
+                left = seconds - (time.monotonic() - started)
+                if late or left <= 0:
+                    late = True
+                    for row in some:
+                        row.error = "" if row.calls else LATE
+                    continue
+                for row in some:
+                    _about(row, about)
+                    row.error = STOPPED
+                save()
+                try:
+                    others = [r for r in table.values() if _scene(r)[1:] == _scene(some[0])[1:]]
+                    with alarm(left):
+                        visit(scenario, name, some, limit_of(name, others), out, save)
+                except Late:
+                    late = True
+                except Exception as error:  # a mode that fails is a row that says so
+                    told = str(error).splitlines()[0] if str(error) else ""
+                    for row in some:
+                        row.error = f"{type(error).__name__}: {told}" if row.error == STOPPED else row.error
+                    print(f"{name} failed: {error}", flush=True)
+                    if not isinstance(error, modes.NotHere):
+                        with (out / "errors.txt").open("a") as errors:
+                            errors.write(f"{name}\n{traceback.format_exc()}\n")
+                        late |= _broken(where)
+                save()
+    save()
+    if any(ours_fails(r) for r in mine):
         raise typer.Exit(1)
+    if late:
+        print("out of time: the same command goes on", flush=True)
+        raise typer.Exit(EXIT_UNFINISHED)
 
 
-def write(out: Path, rows: list[Row], record: dict[str, Any], rounds: int) -> None:
-    """After each visit: what is there stays there."""
-    found = [r.record() for r in rows]
-    with (out / "offload.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(found[0]))
-        writer.writeheader()
-        writer.writerows(found)
-    record |= {"rounds begun": rounds, "rows": found}
-    (out / "offload.json").write_text(json.dumps(record, indent=1))
+def _resumed(fresh: Row, table: dict[tuple[Any, ...], Row], about: dict[str, Any]) -> Row:
+    """The row as the table has it, else anew. What a peer failed with stays; a package may have been installed since."""
+    old = table.get(fresh.key)
+    if old is not None and (old.error in (LATE, STOPPED) or old.error.startswith(modes.NotHere.__name__)):
+        old.error = ""
+    elsewhere = old is not None and old.gpu != "" and (old.gpu, old.versions) != (about["gpu"], about["versions"])
+    if old is None or elsewhere or ours_fails(old):
+        table[fresh.key] = fresh
+    return table[fresh.key]
+
+
+def _about(row: Row, about: dict[str, Any]) -> None:
+    for name in ("gpu", "host", "link_gbps", "driver", "versions", "commit", "command"):
+        setattr(row, name, about[name])
+
+
+def _scene(row: Row) -> tuple[Any, ...]:
+    """What rows have to have in common for their images to be equal; the step count comes first."""
+    return (row.steps, *(getattr(row, n) for n in KEY if n not in ("mode", "steps")), row.gpu, row.versions)
+
+
+def _broken(device: torch.device) -> bool:
+    """A device that has failed stays so for the rest of the process: whatever else is run there would only fail, too."""
+    try:
+        torch.accelerator.synchronize(device)
+    except Exception:
+        print("the device does not answer any more: the rest is left for the next run", flush=True)
+        return True
+    return False
 
 
 if __name__ == "__main__":

@@ -1,22 +1,33 @@
-"""Pictures of a result of `benchmarks.offload`: latency over memory, and latency over steps.
+"""Pictures of results of `benchmarks.offload`: latency over memory, latency over steps, and timelines.
 
-python -m benchmarks plot DIR/offload.csv
+python -m benchmarks plot DIR/offload.csv [OTHER/offload.csv ...]
 """
 
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
 from prefetch_offload.commands import picture
+from prefetch_offload.trace import TRACKS, Level, Span, Timeline
+
+from .rows import KEY
 
 GIB = 1 << 30
+SCENE = ("model", "compile", "height", "width", "dtype", "gpu")  # what rows of one picture have in common
 
 
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return [row for row in csv.DictReader(file) if row["median_s"]]
+def rows_of(paths: list[Path]) -> list[dict[str, str]]:
+    """Rows with figures; of two for the same on one GPU, the one of the later file."""
+    found = {}
+    for path in paths:
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                if row["median_s"]:
+                    found[(*(row[k] for k in KEY), row["gpu"])] = row
+    return list(found.values())
 
 
 def colour_of(mode: str) -> str:
@@ -25,39 +36,70 @@ def colour_of(mode: str) -> str:
     return {"resident": "#222222", "stock": "#c1121f"}.get(mode, "#8d99ae")
 
 
-def draw(path: Path) -> list[Path]:
-    """Both pictures beside the file, for each model and each thing compiled. Returns their paths.
+def draw(paths: list[Path]) -> list[Path]:
+    """Both pictures for each model, size, dtype, GPU and thing compiled, and a timeline for each trace that lies beside a file.
+
+    Everything is written beside the first file. Returns the paths.
 
     Raises:
         SettingError: matplotlib is missing.
     """
     plt = picture.require()
-    made = []
-    rows = rows_of(path)
-    for model, compiled in sorted({(r["model"], r["compile"]) for r in rows}):
-        chosen = [r for r in rows if (r["model"], r["compile"]) == (model, compiled)]
+    made: list[Path] = []
+    rows = rows_of(paths)
+    for scene in sorted({tuple(r[k] for k in SCENE) for r in rows}):
+        chosen = [r for r in rows if tuple(r[k] for k in SCENE) == scene]
+        model, compiled, height, width, dtype, gpu = scene
         simulated = " (simulated)" if any(r["simulated"] == "True" for r in chosen) else ""
         steps = sorted({int(r["steps"]) for r in chosen})
         name = f"{model}-{compiled}".replace("/", "-")
+        if any(p.name == f"{name}-steps.png" for p in made):  # another size, dtype or GPU of the same
+            name = "-".join((name, height, width, dtype, gpu)).replace(" ", "-")
+        about = f"{model}, {width} x {height}, {dtype}, compiled: {compiled}, {gpu}{simulated}"
         for kind in ("memory", "steps"):
-            figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+            figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
             if kind == "memory":
                 _memory(axes, [r for r in chosen if int(r["steps"]) == steps[-1]])
-                axes.set_title(f"{model}, {steps[-1]} steps, compiled: {compiled}{simulated}")
+                about_this = f"{about}\n{steps[-1]} steps"
             else:
                 _steps(axes, chosen)
-                axes.set_title(f"{model}, compiled: {compiled}{simulated}")
+                about_this = about
+            axes.set_title(about_this, fontsize=10)
             axes.set_ylabel("seconds a call")
             axes.set_ylim(bottom=0)
             axes.grid(alpha=0.25)
-            made.append(path.parent / f"{name}-{kind}.png")
+            made.append(paths[0].parent / f"{name}-{kind}.png")
             figure.savefig(made[-1], dpi=150)
             plt.close(figure)
+    for folder in dict.fromkeys(p.parent for p in paths):
+        for trace in sorted(folder.glob("trace-*.json")):
+            timeline = timeline_of(trace)
+            calls = picture.calls_of(timeline)
+            if calls:
+                made.append(paths[0].parent / f"timeline-{trace.stem.removeprefix('trace-')}.png")
+                title = trace.stem.removeprefix("trace-") + (" (simulated)" if timeline.simulated else "")
+                last = {f"call {n}": c.duration_ms / 1e3 for n, c in enumerate(calls, 1)}
+                picture.draw(timeline, made[-1], title, "the last two calls", dict(list(last.items())[-2:]))
     return made
 
 
+def timeline_of(path: Path) -> Timeline:
+    """What `Offload.trace` wrote."""
+    record = json.loads(path.read_text())
+    spans, levels = [], []
+    for event in record["traceEvents"]:
+        if event["ph"] == "X":
+            track = TRACKS[event["tid"]]
+            spans.append(Span(track, event["name"], event["ts"] / 1e3, event["dur"] / 1e3, event["args"]))
+        elif event["ph"] == "C":
+            levels.append(Level(event["ts"] / 1e3, round(event["args"]["MiB"] * 2**20)))
+    about = record["otherData"]
+    return Timeline(tuple(spans), tuple(levels), about["simulated"], about["device"])
+
+
 def _memory(axes: Any, rows: list[dict[str, str]]) -> None:
-    ours = sorted((r for r in rows if r["mode"].startswith("ours")), key=lambda r: int(r["peak_allocated"]))
+    exact = [r for r in rows if r["mode"].startswith("ours") and r["mode"].count(":") < 2]  # no transport
+    ours = sorted(exact, key=lambda r: int(r["peak_allocated"]))
     axes.plot(
         [int(r["peak_allocated"]) / GIB for r in ours], [float(r["median_s"]) for r in ours], color=colour_of("ours")
     )

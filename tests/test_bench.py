@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
+import re
 import sys
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import typer
 from test_cli import call, ext, folder, is_error
 from typer.testing import CliRunner, Result
 
-from benchmarks import gpu_suite, modes
+from benchmarks import gpu_suite, modes, offload, watch
 from benchmarks.__main__ import app
 from benchmarks.compare import compare
-from benchmarks.offload import Row, write
-from benchmarks.plots import draw
+from benchmarks.plots import draw, rows_of, timeline_of
+from benchmarks.rows import Row, read, write
 from prefetch_offload.commands import bench as bench_command
 from prefetch_offload.commands import running
 from prefetch_offload.errors import UnsupportedError
+from prefetch_offload.testing import load
 from prefetch_offload.testing.pipelines import CASES
+from prefetch_offload.trace import Level, Span, Timeline, Track
+from prefetch_offload.trace import write as write_trace
 
 __all__ = ["ext", "folder"]
 
@@ -130,11 +139,204 @@ def test_bench_refuses_before_it_loads(folder: Path, tmp_path: Path, monkeypatch
 def test_modes_that_are_not_known_or_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="'fast' is not known: resident, stock"):
         modes.check("fast")
-    for name in (*modes.MODES, "ours", "ours:8GiB", "ours:stock:packed"):
+    for name in (*modes.MODES, *(f"{m}:8GiB" for m in modes.MODES), "ours", "ours:8GiB", "ours:stock:packed"):
         modes.check(name)
+    for name in ("cache-dit:much", "stock:8GiB:fp8"):
+        with pytest.raises(ValueError, match=r"budget|not known"):
+            modes.check(name)
     monkeypatch.setattr(modes.util, "find_spec", lambda name: None)
     with pytest.raises(modes.NotHere, match="flextensor is not installed"):
         modes.place("flextensor", None, torch.device("cpu"))  # type: ignore[arg-type]
+
+
+def test_profiling_runs_are_warm_up_or_timed() -> None:
+    """FlexTensor has its plan after eleven passes of the denoiser."""
+    assert [modes.warm_calls("flextensor:8GiB", steps) for steps in (30, 4, 1)] == [1, 3, 12]
+    assert modes.warm_calls("flextensor profiling", 4) == 0
+    assert modes.warm_calls("ours:stock", 4) == 2
+
+
+def test_the_peers_are_those_of_the_extra() -> None:
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    line = next(line for line in project.splitlines() if line.startswith("peers ="))
+    assert sorted(re.findall(r"\"([\w-]+)==", line)) == sorted(modes.PEERS)
+
+
+def test_what_a_peer_is_held_to() -> None:
+    rows = [Row("sdxl", "stock", "none", steps, False, peak_reserved=n << 30) for steps, n in ((30, 9), (4, 8))]
+    assert offload.limit_of("cache-dit:stock", rows) == 9 << 30
+    assert offload.limit_of("cache-dit:2GiB", []) == 2 << 30
+    assert offload.limit_of("ours:2GiB", rows) is None, "it has a budget of its own"
+    assert offload.limit_of("stock", rows) is None
+    with pytest.raises(modes.NotHere, match="stock offload has not been measured"):
+        offload.limit_of("cache-dit:stock", [])
+    with pytest.raises(modes.NotHere, match="CUDA"), modes.limited(torch.device("cpu"), 1 << 30):
+        pass
+
+
+# ------------------------------------------------------------------------------------------------------- a run
+def measure(folder: Path, out: Path, *mode: str, **changes: Any) -> tuple[int, dict[tuple[str, int], Row]]:
+    """One round of one call at two step counts. Returns the exit code, and the rows by mode and steps."""
+    options = {"rounds": 1, "calls": 1, "height": 32, "width": 32, "dtype": "float32", "steps": [2, 1], **changes}
+    code = 0
+    load().configure(1 << 50, 0, 0, 0)
+    try:
+        offload.main(out, "simgpu", str(folder), mode=list(mode), **options)
+    except typer.Exit as ended:
+        code = ended.exit_code
+    return code, {(r.mode, r.steps): r for r in read(out / "offload.csv")}
+
+
+def test_a_run_from_end_to_end(ext: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("resident", "stock", "ours:stock", "cache-dit:stock")
+    code, rows = measure(folder, tmp_path, *names, seconds=0)
+    assert code == offload.EXIT_UNFINISHED
+    assert {r.error for r in rows.values()} == {offload.LATE} and len(rows) == 8, "a row of what there was no time for"
+    code, rows = measure(folder, tmp_path, *names)
+    assert code == 0
+    for (mode, steps), row in rows.items():
+        assert row.simulated and row.gpu and row.host and row.versions and row.command and row.link_gbps
+        assert (row.height, row.width, row.dtype) == (32, 32, "float32")
+        if mode == "cache-dit:stock":
+            assert row.error.startswith("NotHere") and row.budget == "stock"
+            continue
+        assert row.error == "" and row.equal is True and row.calls == len(row.times) == 1
+        assert (row.first_s is not None) == (steps == 2), "later step counts are no first calls"
+        assert row.peak_allocated and row.peak_reserved == row.peak_allocated
+        assert row.driver_nbytes and row.rss_nbytes and row.pinned_nbytes is not None
+        assert (row.d2h_nbytes or 0) < 1 << 18 or mode == "stock"
+    assert rows["stock", 2].h2d_nbytes and rows["stock", 2].d2h_nbytes, "the simulator tells of any mode"
+    assert rows["ours:stock", 2].hidden_ms is not None and rows["resident", 2].hidden_ms is None
+    record = json.loads((tmp_path / "offload.json").read_text())
+    assert record["runs"][0]["link"] and len(record["rows"]) == 8
+    assert [p.name for p in tmp_path.glob("trace-*.json")] and "ours:stock" in (tmp_path / "reports.txt").read_text()
+
+    visited: list[tuple[str, tuple[int, ...]]] = []
+    real = offload.visit
+
+    def visit(scenario: offload.Scenario, mode: str, some: list[Row], *rest: Any) -> None:
+        visited.append((mode, tuple(r.steps for r in some)))
+        real(scenario, mode, some, *rest)
+
+    monkeypatch.setattr(offload, "visit", visit)
+    code, again = measure(folder, tmp_path, "resident", "stock", "ours:stock")
+    assert (code, visited) == (0, []) and again == rows, (
+        "what is there is not measured again, and nothing of it is lost"
+    )
+    kept = read(tmp_path / "offload.csv")
+    kept[2].error = offload.STOPPED  # stock, 2 steps: killed while it was measured
+    kept[2].calls, kept[2].rounds, kept[2].times = 0, 0, []
+    kept[5].error = "OutOfMemoryError: no"  # ours:stock, 1 step
+    write(tmp_path, kept, [])
+    code, again = measure(folder, tmp_path, "stock", "ours:stock")
+    assert (code, visited) == (0, [("ours:stock", (1,)), ("stock", (2,))]), "what a run was stopped in comes last"
+    assert again["ours:stock", 1].equal is True and again["stock", 2].calls == 1
+    assert again["resident", 2].times == rows["resident", 2].times
+    kept = read(tmp_path / "offload.csv")
+    kept[0].gpu = "another"
+    write(tmp_path, kept, [])
+    assert measure(folder, tmp_path, "resident")[0] == 0
+    assert visited[2:] == [("resident", (2,))], "a row of another GPU is measured anew"
+
+
+def test_rows_are_written_as_they_come(ext: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed within the visit of a mode: its first step count is there, and the rest says that it did not end."""
+    real, left = offload.call, [3]
+
+    def call(*arguments: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(offload, "call", call)
+    with pytest.raises(KeyboardInterrupt):
+        measure(folder, tmp_path, "resident")
+    rows = {r.steps: r for r in read(tmp_path / "offload.csv")}
+    assert rows[2].calls == 1 and rows[2].error == ""
+    assert rows[1].calls == 0 and rows[1].error == offload.STOPPED
+
+
+def test_time_that_is_up_within_a_visit(
+    ext: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is left, whoever catches what there; the mode is the last of the next run, which does not count as a failure."""
+
+    def call(*_: Any) -> Any:
+        with contextlib.suppress(Exception):
+            time.sleep(60)
+        raise AssertionError("the time was not up")
+
+    monkeypatch.setattr(offload, "call", call)
+    code, rows = measure(folder, tmp_path, "resident", "ours", steps=[1], seconds=8)
+    assert code == offload.EXIT_UNFINISHED
+    assert [r.error for r in rows.values()] == [offload.STOPPED, offload.LATE]
+    monkeypatch.undo()
+    monkeypatch.setattr("prefetch_offload.commands.devices.found", lambda: None)
+    code, rows = measure(folder, tmp_path, "resident", "ours", steps=[1], seconds=500)
+    assert (code, [r.equal for r in rows.values()]) == (0, [True, True])
+    assert len(json.loads((tmp_path / "offload.json").read_text())["runs"]) == 2
+
+
+def test_what_ends_a_run_badly(ext: Any, folder: Path, tmp_path: Path) -> None:
+    """Ours without figures does; lossy transports are not equal, and do not."""
+    code, rows = measure(folder, tmp_path, "resident", "ours:stock:float16", steps=[1])
+    assert (code, rows["ours:stock:float16", 1].equal) == (0, False)
+    code, rows = measure(folder, tmp_path, "ours:1KiB", steps=[1])
+    assert code == 1 and "too small" in rows["ours:1KiB", 1].error
+    exact = Row("sdxl", "ours:stock:packed", "none", 4, False, equal=False)
+    assert offload.ours_fails(exact) and not offload.ours_fails(Row("sdxl", "stock", "none", 4, False, error="no"))
+    for error, fails in (("OutOfMemoryError: no", False), ("RuntimeError: no", True)):
+        assert offload.ours_fails(Row("flux", "resident", "none", 4, False, error=error)) is fails
+
+
+@pytest.mark.parametrize("module", ["offload", "gpu_suite"])
+def test_without_a_gpu(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prefetch_offload.commands.devices.found", lambda: None)
+    program = typer.Typer()
+    program.command()({"offload": offload, "gpu_suite": gpu_suite}[module].main)
+    result = CliRunner().invoke(program, ["--out", str(tmp_path / "out"), "--device", "cuda"])
+    assert result.exit_code == 2
+    assert "this machine has no accelerator" in result.stderr and "Traceback" not in result.output
+
+
+# ------------------------------------------------------------------------------------------------------ its figures
+def test_quartiles_lie_within_the_times() -> None:
+    row = Row("sdxl", "ours", "none", 30, False)
+    row.took([4.0, 1.0])
+    row.took([2.0])
+    assert (row.q25_s, row.median_s, row.q75_s, row.slowest_s) == (1.5, 2.0, 3.0, 4.0)
+    assert (row.calls, row.rounds) == (3, 2)
+
+
+def test_a_peak_between_the_readings_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    used, seen = [1], threading.Event()
+
+    def mem_get_info(device: torch.device) -> tuple[int, int]:
+        if used[0] == 7:
+            seen.set()
+        return 10 - used[0], 10
+
+    monkeypatch.setattr(watch.torch, "get_device_module", lambda device: SimpleNamespace(mem_get_info=mem_get_info))
+    with watch.Peaks(torch.device("cpu")) as peaks:
+        used[0] = 7
+        assert seen.wait(10)
+        used[0] = 2
+    assert peaks.device_nbytes == 7
+    assert peaks.rss_nbytes > 1 << 20
+
+
+def test_copies_of_the_timed_calls_only() -> None:
+    def span(track: Track, start: float, length: float, nbytes: int = 0) -> Span:
+        return Span(track, "unet", start, length, {"nbytes": nbytes})
+
+    calls = [span("calls", start, 100) for start in (0, 100, 200)]
+    slow, fast = span("copy", 10, 80, 10**6), [span("copy", start, 10, 10**9) for start in (110, 210)]
+    stalls = [span("stalls", 10, 80), span("stalls", 110, 2)]
+    assert watch.copies(Timeline((*calls, slow, *fast, *stalls)), 2) == (1.0, 9.0, 100.0)
+    lost = Timeline((*calls[1:], *fast, *stalls[1:]))  # nothing from before the second call: it may have lost some
+    assert watch.copies(lost, 2) == (0.0, 10.0, 100.0)
+    assert watch.copies(Timeline((*calls[2:], fast[1])), 2) is None
 
 
 # ------------------------------------------------------------------------------------------------ comparing results
@@ -143,11 +345,12 @@ def result_of(path: Path, **changes: Any) -> Path:
     rows = [Row("sdxl", mode, "none", 30, False) for mode in ("resident", "ours")]
     for row in rows:
         row.took([10.0, 10.1, 9.9])
-        row.peak_allocated, row.image, row.equal = 8 << 30, "abc", True
+        row.peak_allocated, row.peak_reserved, row.image, row.equal = 8 << 30, 9 << 30, "abc", True
+        row.first_s, row.d2h_nbytes, row.recompiles, row.gpu, row.host = 20.0, 0, 0, "a GPU", "a host"
     for name, value in changes.items():
         setattr(rows[1], name, value)
     path.mkdir()
-    write(path, rows, {}, 1)
+    write(path, rows[: 1 if changes.get("mode") == "gone" else 2], [])
     return path / "offload.csv"
 
 
@@ -162,6 +365,13 @@ def result_of(path: Path, **changes: Any) -> Path:
         ({"peak_allocated": 9 << 30}, ["peak 8192.0 MiB -> 9216.0 MiB"]),
         ({"image": "abd", "equal": False}, ["its image is not the resident one's any more: abc -> abd"]),
         ({"error": "OutOfMemoryError: no"}, ["fails: ran -> OutOfMemoryError: no"]),
+        ({"median_s": 13.0, "q25_s": 1.0, "q75_s": 19.0}, ["time 10.000 s -> 13.000 s (noise: 25.0%)"]),
+        ({"median_s": None, "q25_s": None, "q75_s": None}, ["has no figures any more: 10.000 s -> nothing"]),
+        ({"first_s": 24.0}, []),
+        ({"first_s": 26.0}, ["first call 20.000 s -> 26.000 s"]),
+        ({"d2h_nbytes": 5 << 30}, ["written back 0.0 MiB -> 5120.0 MiB"]),
+        ({"recompiles": 40}, ["recompiles 0.0 -> 40.0"]),
+        ({"peak_reserved": 18 << 30}, ["peak reserved 9216.0 MiB -> 18432.0 MiB"]),
     ],
 )
 def test_what_got_worse(changes: dict[str, Any], found: list[str], tmp_path: Path) -> None:
@@ -173,7 +383,22 @@ def test_what_got_worse(changes: dict[str, Any], found: list[str], tmp_path: Pat
         assert text in str(finding)
     done = CliRunner().invoke(app, ["compare", str(old), str(new)])
     assert done.exit_code == bool(found), done.output
-    assert f"2 rows compared, {len(found)} worse" in done.output
+    assert f"2 rows compared, {len(found)} worse. Noise: 5.0% of a time" in done.output
+
+
+def test_a_row_that_is_gone(tmp_path: Path) -> None:
+    findings, n_rows = compare(result_of(tmp_path / "old"), result_of(tmp_path / "new", mode="gone"))
+    assert n_rows == 1
+    assert [str(f) for f in findings] == ["sdxl, ours, compile none, 30 steps: is gone: ran -> no row (noise: 0.0%)"]
+
+
+@pytest.mark.parametrize("column", ["gpu", "host"])
+def test_results_of_different_machines(column: str, tmp_path: Path) -> None:
+    files = [str(result_of(tmp_path / "old")), str(result_of(tmp_path / "new", **{column: "another"}))]
+    refused = CliRunner().invoke(app, ["compare", *files])
+    assert refused.exit_code == 2 and "another" in refused.stderr and "--any-machine" in refused.stderr
+    assert CliRunner().invoke(app, ["compare", *files, "--any-machine"]).exit_code == 0
+    assert "Noise: 5.0%" in CliRunner().invoke(app, ["compare", "--help"]).output
 
 
 def test_results_that_cannot_be_compared(tmp_path: Path) -> None:
@@ -187,9 +412,18 @@ def test_results_that_cannot_be_compared(tmp_path: Path) -> None:
 
 
 def test_pictures(tmp_path: Path) -> None:
-    made = draw(result_of(tmp_path / "a", median_s=12.0))
-    assert [p.name for p in made] == ["sdxl-none-memory.png", "sdxl-none-steps.png"]
-    assert all(p.stat().st_size > 10_000 for p in made)
+    """Several files in one picture, of each model; and the timelines."""
+    one, two = result_of(tmp_path / "a"), result_of(tmp_path / "b", mode="ours:8GiB")
+    spans = (Span("calls", "call", 0, 100), Span("compute", "unet", 0, 90), Span("copy", "unet", 5, 20, {"nbytes": 9}))
+    timeline = Timeline(spans, (Level(0.0, 1 << 20),), True, "simgpu")
+    write_trace(timeline, two.parent / "trace-sdxl-ours.json")
+    assert timeline_of(two.parent / "trace-sdxl-ours.json") == timeline
+    assert [r["mode"] for r in rows_of([one, two])] == ["resident", "ours", "ours:8GiB"]
+    made = draw([one, two])
+    assert [p.name for p in made] == ["sdxl-none-memory.png", "sdxl-none-steps.png", "timeline-sdxl-ours.png"]
+    assert all(p.stat().st_size > 10_000 and p.parent == one.parent for p in made)
+    done = CliRunner().invoke(app, ["plot", str(one), str(two)])
+    assert done.exit_code == 0 and len(done.output.splitlines()) == 3
 
 
 # ---------------------------------------------------------------------------------------------------- the GPU suite
@@ -199,39 +433,88 @@ def test_the_suite_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.
     def script(name: str, code: str) -> gpu_suite.Part:
         return gpu_suite.Part(name, 20, ("-c", f"open({str(marks)!r}, 'a').write({name!r} + ' '); {code}", "OUT"))
 
-    bad = script("bad", "raise SystemExit(3)")
+    bad, unfinished = script("bad", "raise SystemExit(1)"), script("unfinished", "raise SystemExit(3)")
     slow = gpu_suite.Part("slow", 2, ("-c", "import time; print('begun', flush=True); time.sleep(60)"))
-    monkeypatch.setattr(gpu_suite, "parts", lambda device: [script("good", "import sys; print(sys.argv[1])"), bad, slow])
+    good = script("good", "import sys; print(sys.argv[1])")
+    plots = gpu_suite.Part("plots", 20, script("plots", "").command, again=True)
+    monkeypatch.setattr(gpu_suite, "parts", lambda *_: [bad, plots, slow, unfinished, good])
+    monkeypatch.setattr(gpu_suite, "check", lambda device: None)
     for _ in range(2):
-        with pytest.raises(gpu_suite.typer.Exit):
-            gpu_suite.main(tmp_path, "cuda", 100, None)
+        with pytest.raises(typer.Exit) as ended:
+            gpu_suite.main(tmp_path, "cuda", 100)
+        assert ended.value.exit_code == 1
     state = json.loads((tmp_path / "suite.json").read_text())
-    assert {name: s["ended"] for name, s in state.items()} == {"good": 0, "bad": 3, "slow": "out of time"}
-    assert marks.read_text() == "good bad bad ", "what was done is not done again"
+    endings = {"bad": 1, "slow": "out of time", "unfinished": 3, "good": 0, "plots": 0}
+    assert {name: s["ended"] for name, s in state.items()} == endings
+    order = "bad unfinished good plots unfinished bad plots "
+    assert marks.read_text() == order, "what is done is not done again, what failed comes last, and then the pictures"
     assert (tmp_path / "good" / "output.txt").read_text().strip() == str(tmp_path / "good")
-    assert (tmp_path / "slow" / "output.txt").read_text() == "begun\n", "what it wrote before its time was over"
+    assert (tmp_path / "slow" / "output.txt").read_text() == "begun\n" * 2, "what it wrote before its time was over"
     assert str(tmp_path) not in state["good"]["command"], "a command that can be quoted"
     gpu_suite.main(tmp_path, "cuda", 100, ["good"])
     assert marks.read_text().endswith("good "), "asked for by name"
 
 
-def test_a_part_that_does_not_fit_is_left_for_the_next_run(
+def test_a_part_gets_what_is_left_or_is_left_for_the_next_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(gpu_suite, "parts", lambda device: [gpu_suite.Part("long", 300, ("-c", "pass"))])
-    gpu_suite.main(tmp_path, "cuda", 20, None)
+    long = gpu_suite.Part("long", 300, ("-c", "pass"))
+    cut = gpu_suite.Part("cut", 300, ("-c", "import sys; print(sys.argv[1])", "SECONDS"), least=40)
+    alone = gpu_suite.Part("alone", 10, ("-c", "pass"), by_hand=True)
+    monkeypatch.setattr(gpu_suite, "parts", lambda *_: [long, cut, alone])
+    monkeypatch.setattr(gpu_suite, "check", lambda device: None)
+    with pytest.raises(typer.Exit) as ended:
+        gpu_suite.main(tmp_path, "cuda", 60)
+    assert ended.value.exit_code == gpu_suite.UNFINISHED
     assert "long: left for the next run" in capsys.readouterr().out
-    assert not (tmp_path / "long").exists()
+    assert not (tmp_path / "long").exists() and not (tmp_path / "alone").exists()
+    assert 10 <= int((tmp_path / "cut" / "output.txt").read_text()) <= 60 - gpu_suite.MARGIN_S
+    gpu_suite.main(tmp_path, "cuda", 60, ["alone"])
+    assert (tmp_path / "alone").exists()
 
 
-@pytest.mark.parametrize("device", ["cuda", "simgpu"])
-def test_every_part_names_modes_that_exist(device: str) -> None:
-    found = gpu_suite.parts(device)
+def test_a_part_on_the_simulated_accelerator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = gpu_suite.offload("simgpu", "sdxl", 200, "sdxl-small", ("resident", "ours:stock"), (1,))
+    monkeypatch.setattr(gpu_suite, "parts", lambda *_: [made])
+    monkeypatch.chdir(Path(__file__).parents[1])
+    with pytest.raises(typer.Exit) as ended:
+        gpu_suite.main(tmp_path, "simgpu", 30, None)
+    assert ended.value.exit_code == gpu_suite.UNFINISHED, "nothing is begun that cannot get anywhere"
+    gpu_suite.main(tmp_path, "simgpu", 300, None)
+    rows = read(tmp_path / "offload" / "offload.csv")
+    assert [(r.mode, r.steps, r.equal) for r in rows] == [("resident", 1, True), ("ours:stock", 1, True)]
+    assert str(tmp_path) not in rows[0].command
+
+
+@pytest.mark.parametrize(
+    ("device", "model"), [("cuda", None), ("simgpu", None), ("cuda", "a/b"), ("simgpu", "sd3-small")]
+)
+def test_every_part_names_modes_that_exist(device: str, model: str | None) -> None:
+    found = gpu_suite.parts(device, model)
     assert len({p.name for p in found}) == len(found)
     for part in found:
-        assert part.seconds < 600
-        for word, value in zip(part.command, part.command[1:], strict=False):
-            if word == "--mode":
-                modes.check(value)
+        assert part.seconds < 580, "a part that no run has time for"
+        assert (part.least or 0) <= part.seconds
+        named = [v for word, v in zip(part.command, part.command[1:], strict=False) if word == "--mode"]
+        for mode in named:
+            modes.check(mode)
+        assert not named or named[0] == "resident", "what the others are compared with"
+        for word in part.command:
             if word.startswith("tests/"):
                 assert (Path(__file__).parents[1] / word).is_file()
+
+
+def test_three_runs_have_time_for_all_parts() -> None:
+    found = [p for p in gpu_suite.parts("cuda") if not p.by_hand]
+    assert found[0].name == "sdxl" and found[0].command[-8:] == tuple(
+        word for mode in (*gpu_suite.TELLING, "ours") for word in ("--mode", mode)
+    )
+    assert sum(p.seconds for p in found) <= 1700
+    page = (Path(__file__).parents[1] / "docs" / "benchmarks.md").read_text()
+    named = {
+        name: int(s) for names, s in re.findall(r"^\| ([\w, -]+) \| (\d+) \|", page, re.M) for name in names.split(", ")
+    }
+    bounds = {p.name: p.seconds for p in found}
+    assert named.pop("kernels") == named.pop("sanitizer") == bounds.pop("kernels") + bounds.pop("sanitizer")
+    assert named == bounds
+    assert all(p.name in page for p in gpu_suite.parts("cuda"))
