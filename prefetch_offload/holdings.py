@@ -271,7 +271,8 @@ class Holdings:
         return [c for ref in self.components.values() if (c := ref()) is not None]
 
     def remove(self, component: Component) -> None:
-        """Stop offloading: weights stay where they are shown now; device copies, pins and masters are given up."""
+        """Stop offloading: weights stay where they are shown now, what a lossy way rounded as the masters have it; device
+        copies, pins and masters are given up."""
         with self._held(), self._change:
             if component.key not in self.components:
                 return
@@ -280,6 +281,10 @@ class Holdings:
             if component.stream is not None:
                 self._unbind(component)  # some of it is not on the device, where the rest would stay
             bound = component.bound
+            for unit in component.rounded:
+                self.transport.read_back(unit)
+                component.make_exact(unit)
+                self.lanes.note("write", self.lanes.compute(), unit.key)
             if bound:
                 component.release_twins()
             self._drop([u.key for u in component.units if u.key in self.transport.flights], keep_memory=bound)
