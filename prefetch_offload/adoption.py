@@ -26,6 +26,7 @@ from .masters import (
     tensor_nbytes,
     tensors_of,
 )
+from .originals import FileSlab
 from .points import find_points, least_nbytes
 from .units import Extent, align, cut
 
@@ -145,6 +146,23 @@ def build_units(
         units.append(CarriedUnit(f"{prefix}/carried", carried))
     trim()
     return units
+
+
+def give_up(unit: Unit) -> None:
+    """All of the unit's tensors are about to be taken into others: what it holds of the host besides them goes now, and what
+    they lie in goes with the last of them. Nothing is being copied from it, and it is not on the device."""
+    if type(unit) is EncodedUnit:
+        unit.dirty = True
+        unit.settle_at(None)
+        unit.encoded.unpin()
+        unit.table, unit.encoded = None, Slab(8)
+        if isinstance(unit.slab, FileSlab):
+            return
+    elif type(unit) is SlabUnit:
+        unit.retire()
+    else:
+        return
+    unit.slab = Slab(8)
 
 
 def _move(shared: _Shared, slab: Slab, offset: int) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .encoded import EncodedUnit
+from .lossy import is_lossy, written_to
 from .masters import Master, SlabUnit, Unit, modules_of, tensors_of
 from .upcast import UpcastUnit
 
@@ -140,7 +141,7 @@ class Binding:
         for master in {id(m): m for m in (*written, *rewritten)}.values():
             assert master.twin is not None
             with torch.inference_mode(False), torch.no_grad():
-                master.put(master.twin.detach())
+                master.put(written_to(master, master.twin.detach()))
             self.d2h_nbytes += master.twin.nbytes
             master.look()
             master.twin_version = master.twin._version
@@ -243,7 +244,7 @@ class Binding:
                     moved_away.add(id(master))
                     master.twin = master.twin_data = master.unit.places = None
                 elif moved or shown._version != master.twin_version or id(shown) in merged:
-                    master.put(shown.detach())
+                    master.put(written_to(master, shown.detach()))
                     self.d2h_nbytes += shown.nbytes
                     master.look()
                     written.add(id(master))
@@ -259,6 +260,20 @@ class Binding:
             if any(id(m) in written for m in unit.masters):
                 unit.sample()
         return [u for u in self.units if any(id(m) in moved_away for m in u.masters)]
+
+    @property
+    def rounded(self) -> list[SlabUnit]:
+        """Units whose twins are shown, and are what a lossy way has left of the masters."""
+        return [u for u in self.units if u.shown and isinstance(u, SlabUnit) and is_lossy(u)] if self.bound else []
+
+    def make_exact(self, unit: SlabUnit) -> None:
+        """Let a shown unit have on the device what its masters have, with what was written to it there."""
+        self._take_back(unit, unit.rewritten())
+        with torch.inference_mode(False), torch.no_grad():
+            for master in unit.masters:
+                twin, tensor = master.twin, master.tensor.detach()
+                if twin is not None and twin.data_ptr() == master.twin_ptr and twin.shape == tensor.shape:
+                    twin.data.copy_(tensor)
 
     def release_twins(self) -> None:
         """Leave the weights on the device: modules keep what they show, as their own Parameters where they can."""

@@ -166,6 +166,11 @@ class Component(Binding):
         self._codec = codec_for(settings, self.name, self.module, self.device)
         return True
 
+    @property
+    def recoding(self) -> bool:
+        """None of its units will be kept when it is next adopted."""
+        return self._recode
+
     def renew(self) -> None:
         """All its units are made anew once it has been adopted again."""
         self._recode = True

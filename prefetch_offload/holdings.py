@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from .addresses import Addresses, addresses_for
-from .adoption import needs_native_move
+from .adoption import give_up, needs_native_move
 from .calls import CallOrder, Memory
 from .component import Component, agreed
 from .config import Settings
-from .device import OUT_OF_MEMORY, Lanes
+from .device import OUT_OF_MEMORY, RETIRE_AFTER_COPY, Lanes
 from .errors import OffloadError, OffloadWarning
 from .host import Pins
 from .masters import SlabUnit, Unit, modules_of
@@ -271,7 +271,8 @@ class Holdings:
         return [c for ref in self.components.values() if (c := ref()) is not None]
 
     def remove(self, component: Component) -> None:
-        """Stop offloading: weights stay where they are shown now; device copies, pins and masters are given up."""
+        """Stop offloading: weights stay where they are shown now, what a lossy way rounded as the masters have it; device
+        copies, pins and masters are given up."""
         with self._held(), self._change:
             if component.key not in self.components:
                 return
@@ -280,6 +281,10 @@ class Holdings:
             if component.stream is not None:
                 self._unbind(component)  # some of it is not on the device, where the rest would stay
             bound = component.bound
+            for unit in component.rounded:
+                self.transport.read_back(unit)
+                component.make_exact(unit)
+                self.lanes.note("write", self.lanes.compute(), unit.key)
             if bound:
                 component.release_twins()
             self._drop([u.key for u in component.units if u.key in self.transport.flights], keep_memory=bound)
@@ -338,6 +343,8 @@ class Holdings:
             sampled: compare fingerprints, too.
         """
         if not self.residency.knows(component.key) or not component.unchanged():
+            if component.recoding:
+                self._give_up(component)
             _, gone = component.adopt(transient)
             self._drop([u.key for u in gone if u.key in self.transport.flights])
             for unit in gone:
@@ -351,6 +358,18 @@ class Holdings:
         if sampled and component.settings.fingerprints:
             stale += [u for u in component.units if u.key in self.transport.flights and u not in stale and u.stale()]
         self._drop([u.key for u in stale if u.key in self.transport.flights])
+
+    def _give_up(self, component: Component) -> None:
+        """Before all its units are made anew: the host never holds two copies of it, nor are two pinned."""
+        for unit in self._units_of(component.key):
+            if unit.key in self.transport.flights:
+                self._drop([unit.key])
+            if unit.copied is not None:
+                self.lanes.host_wait(unit.copied, RETIRE_AFTER_COPY)
+                if isinstance(unit, SlabUnit) and unit.source.pinned:
+                    self.lanes.note_host("free", f"{unit.key} (host)")
+                unit.copied = None
+            give_up(unit)
 
     def _register(self, component: Component) -> None:
         self.residency.set_component(component.key, component.order)

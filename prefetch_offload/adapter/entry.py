@@ -18,6 +18,8 @@ from torch import nn
 from .hooks import CpuOffload, unwrap
 
 _METHODS = ("encode", "decode")
+# These work on all weights, and on the truth: of what a lossy transport has rounded, the masters are shown first.
+_OF_MASTERS = ("state_dict", "load_state_dict", "_apply", "fuse_lora", "unfuse_lora")
 _classes: dict[type, type] = {}
 
 
@@ -65,6 +67,20 @@ class _EntryPoint:
             raise AttributeError(self.name) from None
 
 
+def _of_masters(base: Any, name: str) -> Any:
+    """The method of that name, which meets exact weights."""
+    method = getattr(base, name)
+
+    @functools.wraps(method)
+    def exact(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        hook = _hook_of(self)
+        if hook is not None:
+            hook.show_exact()
+        return method(self, *args, **kwargs)
+
+    return exact
+
+
 def _blank(base: type) -> Any:
     """An instance before its state. Not `copyreg.__newobj__`: pickle insists that it makes the object's very class."""
     return base.__new__(base)
@@ -106,6 +122,9 @@ def _make(base: Any) -> type:
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
         """Pickled, the module is what it was before."""
+        hook = _hook_of(self)
+        if hook is not None:
+            hook.show_exact()
         state = {k: v for k, v in self.__dict__.items() if k != "_hf_hook"}
         return _blank, (base,), state
 
@@ -114,6 +133,8 @@ def _make(base: Any) -> type:
         import copy
 
         hook = _hook_of(self)
+        if hook is not None:
+            hook.show_exact()
         made = base.__new__(base)
         memo[id(self)] = made
         made.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k != "_hf_hook"})
@@ -133,6 +154,7 @@ def _make(base: Any) -> type:
         for name in _METHODS:
             if callable(getattr(base, name, None)):
                 body[name] = _EntryPoint(name, getattr(base, name))
+        body |= {name: _of_masters(base, name) for name in _OF_MASTERS if callable(getattr(base, name, None))}
     return _equal_to_base(type(base))(base.__name__, (base,), body)
 
 

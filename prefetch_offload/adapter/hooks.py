@@ -178,6 +178,12 @@ class CpuOffload(accelerate.hooks.CpuOffload):
         return module
 
     # ------------------------------------------------------------- what we call
+    def show_exact(self) -> None:
+        """Show the masters if what the module shows on the device is what a lossy transport has left of them."""
+        component, session = self.component, self.session
+        if component is not None and session is not None and component.rounded:
+            session.engine.show_masters([component])
+
     def run(
         self,
         module: nn.Module,
