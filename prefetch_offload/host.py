@@ -62,7 +62,7 @@ def _mapping(nbytes: int) -> mmap.mmap:
     return memory
 
 
-def _tensor(memory: Any, nbytes: int, offset: int = 0) -> torch.Tensor:
+def tensor_over(memory: Any, nbytes: int, offset: int = 0) -> torch.Tensor:
     """Tensor [nbytes] uint8 over `memory`; one that can be written to later, though it is made under inference mode."""
     with torch.inference_mode(False):
         return torch.frombuffer(memory, dtype=torch.uint8, count=nbytes, offset=offset)
@@ -86,13 +86,13 @@ class Slab:
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
         self._memory: Any = _mapping(-(-nbytes // _PAGE) * _PAGE)
-        self.bytes = _tensor(self._memory, nbytes)
+        self.bytes = tensor_over(self._memory, nbytes)
         self.pinned = False
         self._unpin: weakref.finalize | None = None
 
     def view(self, offset: int, nbytes: int) -> torch.Tensor:
         """Tensor [nbytes] uint8 at `offset`, with a storage of its own: copying or saving it does not take the slab along."""
-        return _tensor(self._memory, nbytes, offset)
+        return tensor_over(self._memory, nbytes, offset)
 
     def unpin(self) -> None:
         """Release the pin. No copy from the slab may be in flight.
@@ -103,7 +103,7 @@ class Slab:
         if self._unpin is not None:
             if not isinstance(self._memory, mmap.mmap):
                 memory = _mapping(-(-self.nbytes // _PAGE) * _PAGE)
-                self._memory, self.bytes = memory, _tensor(memory, self.nbytes).copy_(self.bytes)
+                self._memory, self.bytes = memory, tensor_over(memory, self.nbytes).copy_(self.bytes)
             alive = self._unpin.peek()
             if alive is not None:
                 _, release, args, _ = alive

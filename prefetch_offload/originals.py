@@ -10,10 +10,13 @@ leaves would be all there is to give back.)
 
 Who wrote to a mapping of a file is told exactly: the mapping's pages are let go of and the file's time is set to a mark;
 the next write to any page takes a fault, and that sets the time. Looking costs one `fstat`, and reads nothing from the disk.
+It needs a descriptor. Where the process has few of these, later files go without: their mappings hold them, and fingerprints
+tell of writes, as for weights in memory.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import mmap
 import os
@@ -22,19 +25,21 @@ import tempfile
 import warnings
 import weakref
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from .config import GIB
 from .errors import OffloadWarning
-from .host import Slab
+from .host import Slab, tensor_over
 
 # Of file systems on a disk. Others are memory (tmpfs), far away, or make no promise that space once taken is there.
 _ON_DISK = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "overlay", "bcachefs"})
 # What a file that lies here leaves of its file system's free space.
 _SPARED = GIB
 _MARK = 10**9  # nanoseconds: no file that is written today gets this time by itself
+# Of the descriptors that a process may have. Units are many, and the program wants to open files of its own.
+_SHARE = 1 / 4
 _warned: set[str] = set()
+_kept: set[int] = set()  # descriptors
 
 
 class FileSlab(Slab):
@@ -52,33 +57,78 @@ class FileSlab(Slab):
             if free.f_bavail * free.f_frsize < length + _SPARED:
                 raise OSError(f"{folder} has {free.f_bavail * free.f_frsize / GIB:.1f} GiB free")
             os.posix_fallocate(fd, 0, length)  # writing to a page for which the disk has no room would kill the process
-            memory = mmap.mmap(fd, length)
+            memory = _mapped(fd, length)
         except BaseException:
             os.close(fd)
             raise
-        self._fd = fd
-        weakref.finalize(self, os.close, fd)
+        self._fd: int | None = fd
+        if _may_keep(fd):
+            _kept.add(fd)
+            weakref.finalize(self, _close, fd)
+        else:
+            os.close(fd)
+            self._fd = None
         self.nbytes = nbytes
         self._memory = memory
-        self.bytes = torch.frombuffer(memory, dtype=torch.uint8, count=nbytes)
+        self.bytes = tensor_over(memory, nbytes)
         self.pinned = False
         self._unpin = None
-        self._watched = _tells_writes(folder)
+        self._watched = self._fd is not None and _tells_writes(folder)
 
     def mark(self) -> None:
         """From here on `touched` tells of writes. The mark comes first: a write in between is then seen."""
-        os.utime(self._fd, ns=(_MARK, _MARK))
+        if self._fd is not None:
+            os.utime(self._fd, ns=(_MARK, _MARK))
         self.let_go()
 
     def let_go(self) -> None:
         """Keep no page of it in this process. The kernel begins to write it out, and drops what it has written."""
-        self._memory.madvise(mmap.MADV_DONTNEED)
-        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        _libc().madvise(ctypes.addressof(self._memory), ctypes.sizeof(self._memory), mmap.MADV_DONTNEED)
+        if self._fd is not None:
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     @property
     def touched(self) -> bool | None:
-        """It was written to since it was marked; None: the file system does not tell."""
-        return os.fstat(self._fd).st_mtime_ns != _MARK if self._watched else None
+        """It was written to since it was marked; None: the file system does not tell, or there is nothing to ask it by."""
+        return os.fstat(self._fd).st_mtime_ns != _MARK if self._watched and self._fd is not None else None
+
+
+@functools.cache
+def _libc() -> Any:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
+    libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return libc
+
+
+def _mapped(fd: int, length: int) -> Any:
+    """A buffer over a file, unmapped with its last user. Python's own mapping would keep a second descriptor.
+
+    Raises:
+        OSError: it cannot be mapped.
+    """
+    libc = _libc()
+    address = libc.mmap(None, length, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, 0)
+    if address is None or address == ctypes.c_void_p(-1).value:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    buffer = (ctypes.c_char * length).from_address(address)
+    weakref.finalize(buffer, libc.munmap, address, length).atexit = False
+    return buffer
+
+
+def _may_keep(fd: int) -> bool:
+    """Whether there are descriptors to spare. The kernel gives the lowest free number: a high one says how many are open."""
+    import resource  # not on Windows
+
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return limit == resource.RLIM_INFINITY or (len(_kept) < limit * _SHARE and fd < limit // 2)
+
+
+def _close(fd: int) -> None:
+    _kept.discard(fd)
+    os.close(fd)
 
 
 def file_slab(nbytes: int, where: str) -> FileSlab | None:

@@ -157,6 +157,10 @@ def test_a_slab_in_a_file_tells_writes_from_reads(tmp_path: Path) -> None:
     assert part[5] == 13, "views keep the memory"
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(fd)
+    begin = f"{part.data_ptr() - (1 << 20):x}-"
+    assert begin in Path("/proc/self/maps").read_text()
+    del part
+    assert begin not in Path("/proc/self/maps").read_text()
 
 
 def test_where_a_file_tells_nothing_fingerprints_do(sim: Any, enable: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,6 +179,60 @@ def test_where_a_file_tells_nothing_fingerprints_do(sim: Any, enable: Any, monke
     assert images[0] != images[1] == draw("flux", pipe)
     pipe.transformer.transformer_blocks[0].attn.to_q.weight.data /= 2.0
     assert images[0] == draw("flux", pipe)
+
+
+_DESCRIPTORS = """
+    import os, resource, sys, warnings, numpy, torch
+    import prefetch_offload
+    from prefetch_offload.encoded import EncodedUnit
+    from prefetch_offload.originals import FileSlab
+    from prefetch_offload.testing import load
+    from prefetch_offload.testing.pipelines import CASES
+
+    def draw(pipe):
+        return numpy.asarray(CASES["flux"].call(pipe, seed=0)).tobytes()
+
+    def double(pipe):
+        for block in (*pipe.transformer.transformer_blocks, *pipe.transformer.single_transformer_blocks):
+            block.attn.to_q.weight.data *= 2.0
+
+    load()
+    warnings.simplefilter("error", prefetch_offload.OffloadWarning)
+    pipe = CASES["flux"].build(dtype=torch.bfloat16).to("simgpu")
+    expected = [draw(pipe)]
+    double(pipe)
+    expected.append(draw(pipe))
+    pipe = CASES["flux"].build(dtype=torch.bfloat16)
+    opened = len(os.listdir("/proc/self/fd"))
+    limit = opened + int(sys.argv[1])
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    offload = prefetch_offload.enable(pipe, device="simgpu", transport="packed", unit_min=1 << 10, unit_max=64 << 10)
+    units = [u for c in offload._session.client.components.values() for u in c.units if isinstance(u, EncodedUnit)]
+    used = len(os.listdir("/proc/self/fd")) - opened
+    files, telling = sum(isinstance(u.slab, FileSlab) for u in units), sum(u._tells for u in units)
+    count = len(units)
+    own = [open("/dev/null") for _ in range(limit // 4)]
+    images = [draw(pipe)]
+    double(pipe)
+    images.append(draw(pipe))
+    assert images == expected and expected[0] != expected[1]
+    offload.disable()
+    del units, own
+    print(limit, count, files, telling, used, len(os.listdir("/proc/self/fd")) - opened)
+"""
+
+
+@on_files
+@pytest.mark.parametrize("more", [40, 4000])
+def test_files_leave_the_program_descriptors(more: int) -> None:
+    """Those of which there is no descriptor hold weights all the same, and writes to them are seen by their fingerprints."""
+    command = [sys.executable, "-c", textwrap.dedent(_DESCRIPTORS), str(more)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr
+    limit, units, files, telling, used, after = map(int, run.stdout.split()[-6:])
+    assert files == units > 20, "all of them in files"
+    assert used == telling <= limit / 4 + 1 and after == 0
+    assert (telling == files) == (more == 4000), "one each, where there are enough"
 
 
 # ------------------------------------------------------------------ where there can be no file

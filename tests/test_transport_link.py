@@ -1,0 +1,97 @@
+"""What encoded units put on the link and launch, and what they give where there is no Triton."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import textwrap
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from conftest import settle, weight_nbytes
+from test_transport_codecs import UNITS, build, draw, encoded_units, fp8_rounded, resident, small_chunks, weights
+
+from prefetch_offload import transport
+from prefetch_offload.masters import SlabUnit
+from prefetch_offload.transport import Transport
+
+__all__ = ["small_chunks"]  # for every test here, too
+
+
+def as_fp8(pipe: Any) -> int:
+    """Bytes of all weights as they travel: those that rounding changes as one byte each, and a scale for every row."""
+    before = {key: p.clone() for key, p in weights(pipe)}
+    fp8_rounded(pipe)
+    sizes = {key: p.numel() + 4 * p.shape[0] if not torch.equal(before[key], p) else p.nbytes for key, p in weights(pipe)}
+    return sum(sizes.values())
+
+
+@pytest.mark.parametrize("way", ["packed", "fp8"])
+def test_a_streamed_call_puts_the_payloads_on_the_link_and_launches_once_for_each(
+    way: str, sim: Any, enable: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And of the whole model: half of bf16 as fp8 but for scales and what travels raw, norms with all that is below them."""
+    pipe = build("flux")
+    nbytes = sum(p.nbytes for _, p in weights(pipe))
+    least = as_fp8(build("flux")) if way == "fp8" else 0.74 * nbytes
+    offload = enable(pipe, transport=way, budget=int(0.4 * weight_nbytes(pipe)), **UNITS)
+    draw("flux", pipe)
+    expected = draw("flux", pipe)
+    loads: Counter[str] = Counter()
+    launches: list[int] = []
+    load, cast = Transport.load, transport.cast_unit
+
+    def counted(self: Transport, unit: Any, sample: bool = True) -> Any:
+        loads[unit.key] += 1
+        return load(self, unit, sample)
+
+    def launched(table: Any, staged: torch.Tensor, target: torch.Tensor) -> None:
+        launches.append(staged.numel())
+        cast(table, staged, target)
+
+    monkeypatch.setattr(Transport, "load", counted)
+    monkeypatch.setattr(transport, "cast_unit", launched)
+    settle(sim)
+    sim.reset()
+    assert draw("flux", pipe) == expected
+    settle(sim)
+    units = {u.key: u for c in offload._session.client.components.values() for u in c.units}
+    assert max(loads.values()) >= 2, "it streams"
+    encoded = {u.key for u in encoded_units(offload)}
+    assert len(launches) == sum(n for key, n in loads.items() if key in encoded) > len(encoded) / 2
+    assert sum(launches) == sum(n * units[key].source.nbytes for key, n in loads.items() if key in encoded)
+    assert all(isinstance(units[key], SlabUnit) for key in loads)
+    assert sim.counters()["h2d_pinned"] == sum(n * units[key].source.nbytes for key, n in loads.items())
+    stats = offload.stats
+    whole = sum(c.link_nbytes for c in stats.components)
+    assert least <= whole <= 1.06 * least
+    assert whole < (0.67 if way == "fp8" else 0.79) * nbytes
+
+
+_WITHOUT_TRITON = """
+    import sys
+    sys.modules["triton"] = None
+    import hashlib
+    sys.path[:0] = sys.argv[1:]
+    from test_transport_codecs import DEVICE, UNITS, build, draw
+    import prefetch_offload
+    from prefetch_offload.testing import load
+    from prefetch_offload_kernels import available
+    load()
+    pipe = build("flux")
+    with prefetch_offload.enable(pipe, device=DEVICE, transport="fp8", **UNITS):
+        assert not available(DEVICE)
+        print(hashlib.sha256(draw("flux", pipe)).hexdigest())
+"""
+
+
+def test_without_triton_the_images_are_the_same(sim: Any) -> None:
+    command = [sys.executable, "-c", textwrap.dedent(_WITHOUT_TRITON), os.path.dirname(__file__)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr
+    expected = hashlib.sha256(resident("flux", fp8_rounded)[0]).hexdigest()
+    assert run.stdout.split()[-1] == expected
