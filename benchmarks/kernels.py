@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -40,16 +40,28 @@ TENSOR = 16 << 20  # elements of the unit's tensors: a projection of a large tra
 GOAL_OF_COPY = 0.85
 GOAL_OF_LINK = 6.0
 
-F32, F16, BF16, E4M3, I8 = torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int8
-# name -> source, target, whether scaled by row
-CASES: dict[str, tuple[torch.dtype | str, torch.dtype, bool]] = {
-    "unpack bf16": ("packed", BF16, False),
-    "fp8 e4m3 x row scale -> bf16": (E4M3, BF16, True),
-    "fp8 e4m3 -> bf16": (E4M3, BF16, False),
-    "fp32 -> bf16": (F32, BF16, False),
-    "fp16 -> fp32": (F16, F32, False),
-    "int8 x row scale -> fp16": (I8, F16, True),
-    "copy bf16": (BF16, BF16, False),
+F32, F16, BF16, E4M3, E5M2, I8 = (
+    torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int8
+)  # fmt: skip
+# What a case is scaled by: nothing, a number for each tensor, or one for each row.
+Scaling = Literal["", "tensor", "row"]
+# name -> source, target, scaling
+CASES: dict[str, tuple[torch.dtype | str, torch.dtype, Scaling]] = {
+    "unpack bf16": ("packed", BF16, ""),
+    "fp8 e4m3 x row scale -> bf16": (E4M3, BF16, "row"),
+    "fp8 e4m3 -> bf16": (E4M3, BF16, ""),
+    "fp32 -> bf16": (F32, BF16, ""),
+    "fp16 -> fp32": (F16, F32, ""),
+    "int8 x row scale -> fp16": (I8, F16, "row"),
+    "copy bf16": (BF16, BF16, ""),
+    "fp8 e4m3 x tensor scale -> bf16": (E4M3, BF16, "tensor"),
+    "fp8 e5m2 x row scale -> bf16": (E5M2, BF16, "row"),
+    "fp8 e5m2 -> fp16": (E5M2, F16, ""),
+    "fp8 e4m3 x row scale -> fp32": (E4M3, F32, "row"),
+    "int8 x tensor scale -> bf16": (I8, BF16, "tensor"),
+    "int8 -> bf16": (I8, BF16, ""),
+    "fp32 -> fp16": (F32, F16, ""),
+    "bf16 -> fp32": (BF16, F32, ""),
 }
 
 # Seconds of one call of a function, on a quiet device.
@@ -100,12 +112,13 @@ class Unit:
 
 def build_unit(case: str, target_nbytes: int, device: str) -> Unit:
     """A unit of `target_nbytes` or a little less on `device`, filled with weights of standard deviation 0.02."""
-    source, target, scaled = CASES[case]
+    source, target, scaling = CASES[case]
     total = target_nbytes // target.itemsize
     count = max(ROW, min(TENSOR, total // 8) // ROW * ROW)
     weights = torch.randn(count, generator=torch.Generator().manual_seed(0)) * 0.02
     packed = pack_bf16(weights.to(BF16)) if source == "packed" else None
-    scale = torch.rand(count // ROW, generator=torch.Generator().manual_seed(1))
+    channel = ROW if scaling == "row" else None  # None: all of a tensor
+    scale = torch.rand(count // ROW if scaling == "row" else 1, generator=torch.Generator().manual_seed(1))
     if isinstance(source, torch.dtype):
         values = (weights * (2000 if source == I8 else 1)).to(source)
     else:
@@ -119,12 +132,12 @@ def build_unit(case: str, target_nbytes: int, device: str) -> Unit:
             descriptors.append(Descriptor.of_packed(packed, offset, place))
         else:
             assert isinstance(source, torch.dtype)
-            scale_offset = offset + raw.numel() if scaled else None
-            descriptors.append(Descriptor(offset, place, count, source, target, scale_offset, ROW if scaled else None))
+            scale_offset = offset + raw.numel() if scaling else None
+            descriptors.append(Descriptor(offset, place, count, source, target, scale_offset, channel))
         pieces.append(raw)
-        if scaled:
+        if scaling:
             pieces.append(scale.view(torch.uint8))
-        offset += sum(piece.numel() for piece in pieces[-1 - scaled :])
+        offset += raw.numel() + (scale.nbytes if scaling else 0)
         pieces.append(torch.zeros(-offset % 256, dtype=torch.uint8))
         offset += -offset % 256
     staging = torch.empty(offset, dtype=torch.uint8, device=device)
@@ -146,7 +159,7 @@ def build_unit(case: str, target_nbytes: int, device: str) -> Unit:
 
 
 def methods(unit: Unit) -> dict[str, Callable[[], object]]:
-    """Ways to do it, by name. Each writes `unit.results`, except `Tensor.to`, which allocates its own."""
+    """Ways to do it, by name. Each writes `unit.results`, except those by `Tensor.to`, which allocate their own."""
 
     def kernel() -> None:
         cast_unit(unit.table, unit.staging, unit.target)
@@ -160,7 +173,22 @@ def methods(unit: Unit) -> dict[str, Callable[[], object]]:
 
     def scaled_loop() -> None:
         for source, scale, result in zip(unit.sources, unit.scales, unit.results, strict=True):
-            result.view(-1, ROW).copy_(source.view(-1, ROW).to(F32).mul_(scale[:, None]))
+            rows = scale.numel()
+            result.view(rows, -1).copy_(source.view(rows, -1).to(F32).mul_(scale[:, None]))
+
+    def scaled_to() -> list[torch.Tensor]:
+        made = []
+        for source, scale, result in zip(unit.sources, unit.scales, unit.results, strict=True):
+            rows = scale.numel()
+            made.append(source.view(rows, -1).to(F32).mul_(scale[:, None]).to(result.dtype).view(-1))
+        return made
+
+    def scaled_foreach() -> None:
+        wide = [torch.empty_like(source, dtype=F32) for source in unit.sources]
+        torch._foreach_copy_(wide, unit.sources)
+        rows = [w.view(scale.numel(), -1) for w, scale in zip(wide, unit.scales, strict=True)]
+        torch._foreach_mul_(rows, [scale[:, None] for scale in unit.scales])
+        torch._foreach_copy_(unit.results, wide)
 
     def foreach() -> None:
         torch._foreach_copy_(unit.results, unit.sources)
@@ -172,9 +200,21 @@ def methods(unit: Unit) -> dict[str, Callable[[], object]]:
 
     ways: dict[str, Callable[[], object]] = {"kernel": kernel}
     if isinstance(unit.table.descriptors[0].source, str):
-        return {**ways, "PyTorch operators": reference}
+        # No operator unpacks: beside those that together do, what it takes only to move as many bytes as come of it.
+        reference()
+        unpacked = _cut(unit, unit.target.clone())
+        return {
+            **ways,
+            "PyTorch operators": reference,
+            "_foreach_copy_ of the unpacked": lambda: torch._foreach_copy_(unit.results, unpacked),
+        }
     if unit.scales:
-        return {**ways, "loop of to, mul_, copy_": scaled_loop}
+        return {
+            **ways,
+            "loop of to, mul_, copy_": scaled_loop,
+            "_foreach_copy_, _foreach_mul_": scaled_foreach,
+            "Tensor.to, mul_, to": scaled_to,
+        }
     return {**ways, "loop of copy_": loop, "_foreach_copy_": foreach, "Tensor.to": to}
 
 
@@ -299,7 +339,7 @@ def main(
             for row in measure(case, size * MB, "cuda", cuda_timer, link_gbps):
                 rows.append(row)
                 typer.echo(
-                    f"{size:5} MB  {case:30} {row.method:24} {row.seconds * 1e6:10.1f} us {row.gbps:7.0f} GB/s "
+                    f"{size:5} MB  {case:32} {row.method:30} {row.seconds * 1e6:10.1f} us {row.gbps:7.0f} GB/s "
                     f"{row.of_copy:5.0%} of copy {row.of_link:6.1f} x link{'' if row.equal else '  DIFFERS'}"
                 )
             torch.cuda.empty_cache()

@@ -8,7 +8,7 @@ import dataclasses
 import torch
 from torch import nn
 
-from .codecs import Codec, Piece, recipes_of
+from .codecs import Codec, Piece
 from .config import Settings
 from .encoded import TENSORS_BESIDE, EncodedUnit
 from .errors import UnsupportedError
@@ -122,7 +122,7 @@ def build_units(
                 offsets.append(master.home.data_ptr() - slab.bytes.data_ptr())
             parts.append((placement.offset, shared.hi - shared.lo, shared.members))
         key = f"{prefix}/{number}:{layout.name}"
-        recipes = recipes_of(codec, [Piece.of(*part) for part in parts]) if codec is not None else []
+        recipes = [codec.recipe(Piece.of(*part)) for part in parts] if codec is not None else []
         if codec is not None and any(recipes):
             encoded = EncodedUnit(key, slab, members, parts, codec, pins)
             encoded.place(offsets)

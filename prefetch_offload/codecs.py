@@ -20,8 +20,6 @@ from .encoding import (
     Recipe,
     dense,
     holds,
-    recipes_of,
-    write_all,
 )
 from .errors import SettingError
 from .masters import is_plain, span_nbytes
@@ -42,8 +40,6 @@ __all__ = [
     "codec_for",
     "dense",
     "holds",
-    "recipes_of",
-    "write_all",
 ]
 
 # Of a tensor's bytes: what does not become smaller than this travels raw.
@@ -63,7 +59,6 @@ class Packed(Codec):
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.device = device
-        self.threads = device is None  # an accelerator has one stream for it
 
     def fits(self, piece: Piece) -> bool:
         """It would travel packed, if its values allow it."""

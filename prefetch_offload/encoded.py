@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from prefetch_offload_kernels import Descriptor, Table, build_table
 
-from .codecs import SLAB_ALIGNMENT, Codec, Piece, Raw, Recipe, recipes_of, write_all
+from .codecs import SLAB_ALIGNMENT, Codec, Piece, Raw, Recipe
 from .host import Pins, Slab
 from .masters import DEVICE_GRAIN, Master, SlabUnit, version_of
 from .originals import FileSlab, file_slab
@@ -109,7 +109,7 @@ class EncodedUnit(SlabUnit):
         versions = [version_of(m.tensor) for m in self.masters]
         pieces = self.pieces()
         if recipes is None:
-            recipes = recipes_of(self._codec, pieces)
+            recipes = [self._codec.recipe(piece) for piece in pieces]
         placed: list[tuple[int, Piece, Recipe]] = []
         end = 0
         for piece, offered in zip(pieces, recipes, strict=True):
@@ -117,8 +117,8 @@ class EncodedUnit(SlabUnit):
             placed.append((end, piece, recipe))
             end += align(recipe.nbytes, SLAB_ALIGNMENT)
         slab = Slab(end)
-        parts = [slab.bytes[begin : begin + recipe.nbytes] for begin, _, recipe in placed]
-        write_all(self._codec, [recipe for _, _, recipe in placed], parts)
+        for begin, _, recipe in placed:
+            recipe.write(slab.bytes[begin : begin + recipe.nbytes])
         if isinstance(self.slab, FileSlab):
             self.slab.let_go()
         self.descriptors = tuple(recipe.descriptor(begin, piece.offset) for begin, piece, recipe in placed)

@@ -18,7 +18,6 @@ from prefetch_offload_kernels import Descriptor
 from torch import nn
 
 from .config import Way
-from .crew import together
 from .masters import Master
 
 # Elements converted at a time: 4 MiB of fp32, in a core's cache with what it becomes.
@@ -28,8 +27,6 @@ SLAB_ALIGNMENT = 16
 # Less is not worth a scale per row, nor what it may cost the image.
 SMALLEST = 1024
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-# Less is encoded sooner by one thread than others are begun.
-_SHARED_NBYTES = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,11 +103,9 @@ class Codec(Way):
 
     Attributes:
         name: for messages.
-        threads: `recipe` and recipes' `write` may be called from several threads at a time, for different pieces.
     """
 
     name = "a codec"
-    threads = True
 
     def on(self, module: nn.Module, device: torch.device) -> Codec:
         """The codec for a component that will run on `device`. By default the codec itself, which then serves several."""
@@ -127,21 +122,6 @@ class Codec(Way):
     def overflows(self, piece: Piece) -> int:
         """How many finite elements would arrive as infinities, or cut to the largest number. If any, it is refused."""
         return 0
-
-
-def recipes_of(codec: Codec, pieces: list[Piece]) -> list[Recipe | None]:
-    """What `codec` offers for each piece, on all cores where that is worth it."""
-    return together([lambda p=p: codec.recipe(p) for p in pieces], _shared(codec, [p.nbytes for p in pieces]))
-
-
-def write_all(codec: Codec, recipes: list[Recipe], parts: list[torch.Tensor]) -> None:
-    """Let each recipe fill its part."""
-    tasks = [lambda r=r, part=part: r.write(part) for r, part in zip(recipes, parts, strict=True)]
-    together(tasks, _shared(codec, [part.numel() for part in parts]))
-
-
-def _shared(codec: Codec, sizes: list[int]) -> list[int] | None:
-    return sizes if codec.threads and sum(sizes) >= _SHARED_NBYTES else None
 
 
 @dataclasses.dataclass(frozen=True)

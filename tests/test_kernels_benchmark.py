@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from prefetch_offload_kernels.table import SCALABLE, SOURCES, TARGETS
 from typer import Exit
 
 from benchmarks import kernels
@@ -17,15 +18,46 @@ def once(call: Callable[[], object]) -> float:
     return 1e-3
 
 
+PLAIN = {"loop of copy_", "_foreach_copy_", "Tensor.to"}
+SCALED = {"loop of to, mul_, copy_", "_foreach_copy_, _foreach_mul_", "Tensor.to, mul_, to"}
+PACKED = {"PyTorch operators", "_foreach_copy_ of the unpacked"}
+
+
 @pytest.mark.parametrize("case", kernels.CASES)
 def test_every_method_gives_the_same(case: str) -> None:
     rows = list(kernels.measure(case, kernels.MB, "cpu", once, link_gbps=10.0))
-    assert rows[0].method == "kernel" and len(rows) in (2, 4)
+    source, _, scaling = kernels.CASES[case]
+    others = PACKED if source == "packed" else SCALED if scaling else PLAIN
+    assert rows[0].method == "kernel" and {row.method for row in rows[1:]} == others and len(rows) == len(others) + 1
     for row in rows:
         assert row.equal and row.tensors == 8 and row.case == case
         assert 0.9 * kernels.MB <= row.target_nbytes <= kernels.MB
         assert row.gbps == pytest.approx(row.moved_nbytes / 1e-3 / 1e9)
         assert row.of_copy == pytest.approx(1.0, rel=1e-5)  # the clock says that everything takes as long
+
+
+def test_every_kind_of_the_table_has_a_case() -> None:
+    """Every type that a kernel reads and that it writes, and each that can be scaled with and without."""
+    conversions = [(source, target, scaling) for source, target, scaling in kernels.CASES.values() if source != target]
+    assert {source for source, _, _ in conversions} == {*SOURCES, "packed"}
+    assert {target for _, target, _ in conversions} == set(TARGETS)
+    wide = {(source, target) for source, target, _ in conversions if source in TARGETS}
+    assert wide == {
+        (torch.float32, torch.float16), (torch.float32, torch.bfloat16),
+        (torch.float16, torch.float32), (torch.bfloat16, torch.float32),
+    }  # fmt: skip
+    scalings = {(source, scaling) for source, _, scaling in conversions if source in SCALABLE}
+    assert scalings >= {(source, scaling) for source in SCALABLE for scaling in ("", "row")}
+    assert {source for source, scaling in scalings if scaling == "tensor"} >= {torch.float8_e4m3fn, torch.int8}
+
+
+@pytest.mark.parametrize("case", [name for name, (_, _, scaling) in kernels.CASES.items() if scaling])
+def test_scales_are_where_the_descriptors_say(case: str) -> None:
+    unit = kernels.build_unit(case, kernels.MB, "cpu")
+    rows = kernels.CASES[case][2] == "row"
+    for scale, source, d in zip(unit.scales, unit.sources, unit.table.descriptors, strict=True):
+        assert scale.numel() == d.scales == (source.numel() // kernels.ROW if rows else 1)
+        assert ((scale > 0) & (scale < 1)).all() and scale.unique().numel() == scale.numel()
 
 
 def test_bytes_are_counted() -> None:

@@ -240,5 +240,4 @@ def test_packing_goes_where_the_accelerator_is() -> None:
         codec = codec_for(Settings.make(transport=way), "vae", nn.Linear(4, 4), device)
         assert isinstance(codec, Packed)
         assert codec.device == (device if there == "cuda" else None)
-        assert codec.threads == (there != "cuda")
     assert codec_for(Settings.make(transport="auto"), "vae", nn.Linear(4, 4), torch.device("cpu")) is None
