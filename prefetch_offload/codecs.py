@@ -56,6 +56,7 @@ class Packed(Codec):
     """
 
     name = "packed"
+    lossless = True
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.device = device

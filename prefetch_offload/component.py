@@ -16,7 +16,7 @@ from .binding import Binding
 from .casting import keep_twins
 from .codecs import codec_for
 from .compiling import may_be_compiled, uses_cuda_graphs
-from .config import Settings
+from .config import Settings, Way
 from .errors import OffloadWarning
 from .host import Pins
 from .masters import CarriedUnit, Master, SlabUnit, Unit, modules_of, tensors_of, version_of
@@ -30,7 +30,12 @@ _numbers = itertools.count()
 _EXACT = ("raw", "packed", "auto")  # what arrives is what the masters have
 
 
-def way_of(settings: Settings, name: str) -> tuple[str, bool, str]:
+def _is_exact(settings: Settings, name: str) -> bool:
+    way = settings.transport_of(name)
+    return way.lossless if isinstance(way, Way) else way in _EXACT
+
+
+def way_of(settings: Settings, name: str) -> tuple[str | Way, bool, str]:
     """All that says how the weights of the component `name` travel."""
     return settings.transport_of(name), settings.transport_overflow, settings.originals
 
@@ -44,7 +49,7 @@ def agreed(name: str, settings: Settings, others: Sequence[Settings], now: Setti
         others: of the others.
         now: by which it travels.
     """
-    exact = [s for s in (settings, *others) if s.transport_of(name) in _EXACT]
+    exact = [s for s in (settings, *others) if _is_exact(s, name)]
     lossy = list(dict.fromkeys(s.transport_of(name) for s in (settings, *others) if s not in exact))
     if not exact or not lossy:
         return settings

@@ -59,6 +59,8 @@ def parse_nbytes(value: int | str, what: str) -> int:
 class Way:
     """What `transport` may be besides a name: `prefetch_offload.Codec` is its one subclass. Here, since it needs no torch."""
 
+    lossless = False
+
 
 # What `transport` may be: how weights lie in pinned host memory and travel. The dtypes go by torch's names for them.
 TRANSPORTS = ("raw", "packed", "fp8", "int8", "auto")

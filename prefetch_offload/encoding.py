@@ -103,6 +103,7 @@ class Codec(Way):
 
     Attributes:
         name: for messages.
+        lossless: what arrives is the weights, bit for bit.
     """
 
     name = "a codec"

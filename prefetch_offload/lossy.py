@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from prefetch_offload_kernels import build_table, cast_unit_reference
 
-from .codecs import Fp8, Narrowed
 from .encoded import EncodedUnit
 from .masters import Master, Unit
 
@@ -18,7 +17,7 @@ _BITS = {2: torch.int16, 4: torch.int32}
 
 def is_lossy(unit: Unit | None) -> bool:
     """What its twins show may not be what its masters have."""
-    return isinstance(unit, EncodedUnit) and isinstance(unit._codec, Fp8 | Narrowed)
+    return isinstance(unit, EncodedUnit) and unit._codec is not None and not unit._codec.lossless
 
 
 def written_to(master: Master, value: torch.Tensor) -> torch.Tensor:
