@@ -232,7 +232,7 @@ class EncodedUnit(SlabUnit):
         self.encoded = self.slab  # its memory goes before that of the masters is taken
         self.table = self._index = self._device_mask = self._arrived = None
         if isinstance(self.slab, FileSlab) and not self._outlived:
-            left = [(m, o) for m, o in zip(self.masters, self._offsets, strict=True) if m.in_place and m.unit is self]
+            left = self._own(self.slab.bytes.data_ptr())
             if left:
                 memory = Slab(self.slab.nbytes)
                 memory.bytes.copy_(self.slab.bytes)

@@ -363,9 +363,14 @@ class SlabUnit(Unit):
     def _follow(self, before: int) -> None:
         """The slab lay at `before`: let the masters show where it lies now."""
         if self.slab.bytes.data_ptr() != before:  # it is the backend's pinned memory, or was: that is no place to stay
-            for master, offset in zip(self.masters, self._offsets, strict=True):
-                if master.in_place and master.unit is self:  # not one that another unit has taken in by now
-                    master.settle(self.slab, offset)
+            for master, offset in self._own(before):
+                master.settle(self.slab, offset)
+
+    def _own(self, base: int) -> list[tuple[Master, int]]:
+        """Masters whose data lie in the slab, which begins at address `base`, and where. Not those that another unit has taken
+        in by now, even if it was interrupted before it could say so."""
+        pairs = zip(self.masters, self._offsets, strict=True)
+        return [(m, o) for m, o in pairs if m.unit is self and m.in_place and m.tensor.data_ptr() == base + o]
 
     def sample(self) -> None:
         self._sample = self._gather()

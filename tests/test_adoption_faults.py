@@ -185,3 +185,21 @@ def test_an_interrupt_while_a_pipeline_is_taken_in(sim: Any, enable: Any) -> Non
     del plain, offload
     settle(sim)
     assert not any(e.pins.nbytes for e in engines.values())
+
+
+def test_an_interrupt_before_masters_know_whose_they_are(sim: Any, enable: Any) -> None:
+    """They lie in another unit's memory by then: the one that goes must not take them along."""
+    x = torch.randn(1, 32, generator=torch.Generator().manual_seed(0))
+    pipe = build()
+    enable(pipe, **WAYS["encoded"])
+    interrupts = Interrupts("adopt")
+    pipe(x, 2)
+    change(pipe, 0)
+    places = [p for p in interrupts.lines(lambda: pipe(x, 2)) if interrupts.seen[p][0].endswith("component.py")]
+    assert len(places) > 40
+    for number, place in enumerate(places, 1):
+        change(pipe, number)
+        expected = state(pipe)
+        interrupts.at(place, lambda: pipe(x, 2))
+        pipe(x, 2)
+        assert all(map(torch.equal, state(pipe), expected)), interrupts.last
