@@ -36,6 +36,13 @@ def ext() -> Iterator[Any]:
     gc.unfreeze()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _what_is_imported_is_no_garbage() -> None:
+    """Tests collect garbage before and after: a third of a second each time if that went through all of PyTorch's objects."""
+    gc.collect()
+    gc.freeze()
+
+
 def settle(ext: Any) -> None:
     gc.collect()
     ext.drain()
