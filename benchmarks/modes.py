@@ -25,7 +25,6 @@ import prefetch_offload
 from prefetch_offload.config import parse_budget
 
 Place = Callable[[DiffusionPipeline, torch.device, "int | None"], Any]
-EXACT = ("", "raw", "packed", "auto")  # transports that leave images as they are
 PROFILING = 12  # passes after which FlexTensor 0.5.0 goes by its plan: one of discovery, ten of profiling, one more
 
 # What each peer is called on the package index, and what is imported.

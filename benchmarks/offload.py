@@ -37,7 +37,8 @@ import typer
 from diffusers import DiffusionPipeline
 
 from prefetch_offload.commands import devices, link, running
-from prefetch_offload.config import parse_nbytes
+from prefetch_offload.commands.models import check_dtype
+from prefetch_offload.config import LOSSLESS, parse_nbytes
 from prefetch_offload.errors import SettingError
 from prefetch_offload.testing.pipelines import scaled
 
@@ -47,7 +48,6 @@ from .rows import KEY, Row, read, write
 # What is compared unless modes are named. Peers that are not installed are rows that say so.
 DEFAULT = ("resident", "stock", "ours:stock", "ours", *(m for m in modes.MODES if m not in ("resident", "stock")))
 COMPILE = ("none", "regional", "whole")
-DTYPES = ("float16", "bfloat16", "float32")
 LATE = "out of time"
 STOPPED = "did not end"  # what a row says while it is measured: who is killed or runs out of time leaves it so
 EXIT_UNFINISHED = 3
@@ -280,7 +280,7 @@ def ours_fails(row: Row) -> bool:
     name, _, transport = modes.parts(row.mode)
     if name not in ("resident", "ours") or (name == "resident" and row.error.startswith("OutOfMemoryError")):
         return False
-    return row.error not in ("", LATE, STOPPED) or (row.equal is False and transport in modes.EXACT)
+    return row.error not in ("", LATE, STOPPED) or (row.equal is False and (transport or "raw") in LOSSLESS)
 
 
 def limit_of(mode: str, rows: list[Row]) -> int | None:
@@ -321,8 +321,7 @@ def main(
             modes.check(name)
         if compile not in COMPILE:
             raise ValueError(f"--compile {compile}: {', '.join(COMPILE)}")
-        if dtype not in (None, *DTYPES):
-            raise ValueError(f"--dtype {dtype}: {', '.join(DTYPES)}")
+        check_dtype(dtype)
         out.mkdir(parents=True, exist_ok=True)
         where = devices.pick(None if device == "simgpu" else device, simulate=device == "simgpu")
         known = read(out / "offload.csv") if (out / "offload.csv").is_file() else []

@@ -8,9 +8,9 @@ import dataclasses
 import torch
 from torch import nn
 
-from .codecs import Codec, Piece
 from .config import Settings
 from .encoded import TENSORS_BESIDE, EncodedUnit
+from .encoding import Codec, Piece
 from .errors import UnsupportedError
 from .host import Pins, Slab, trim
 from .masters import (

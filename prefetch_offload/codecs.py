@@ -10,37 +10,10 @@ from prefetch_offload_kernels import PACKED_BF16, Descriptor, Survey, pack_bf16,
 from torch import nn
 
 from .config import Settings
-from .encoding import (
-    SLAB_ALIGNMENT,
-    SMALLEST,
-    Cast,
-    Codec,
-    Piece,
-    Raw,
-    Recipe,
-    dense,
-    holds,
-)
+from .encoding import SMALLEST, Cast, Codec, Piece, Recipe, dense, holds
 from .errors import SettingError
 from .masters import is_plain, span_nbytes
 from .quantizing import Narrowed, Quantized
-
-__all__ = [
-    "SLAB_ALIGNMENT",
-    "SMALLEST",
-    "Cast",
-    "Codec",
-    "Narrowed",
-    "Packed",
-    "Piece",
-    "Quantized",
-    "Raw",
-    "Recipe",
-    "check_transport",
-    "codec_for",
-    "dense",
-    "holds",
-]
 
 # Of a tensor's bytes: what does not become smaller than this travels raw.
 WORTH_PACKING = 0.95

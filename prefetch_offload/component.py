@@ -27,12 +27,6 @@ if TYPE_CHECKING:
     from .streaming import Stream
 
 _numbers = itertools.count()
-_EXACT = ("raw", "packed", "auto")  # what arrives is what the masters have
-
-
-def _is_exact(settings: Settings, name: str) -> bool:
-    way = settings.transport_of(name)
-    return way.lossless if isinstance(way, Way) else way in _EXACT
 
 
 def way_of(settings: Settings, name: str) -> tuple[str | Way, bool, str]:
@@ -49,7 +43,7 @@ def agreed(name: str, settings: Settings, others: Sequence[Settings], now: Setti
         others: of the others.
         now: by which it travels.
     """
-    exact = [s for s in (settings, *others) if _is_exact(s, name)]
+    exact = [s for s in (settings, *others) if s.is_lossless(name)]
     lossy = list(dict.fromkeys(s.transport_of(name) for s in (settings, *others) if s not in exact))
     if not exact or not lossy:
         return settings

@@ -64,6 +64,7 @@ class Way:
 
 # What `transport` may be: how weights lie in pinned host memory and travel. The dtypes go by torch's names for them.
 TRANSPORTS = ("raw", "packed", "fp8", "int8", "auto")
+LOSSLESS = ("raw", "packed", "auto")  # of these: what arrives is the weights, bit for bit
 TRANSPORT_DTYPES = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 # What people write for these.
 _MEANT = {
@@ -219,6 +220,11 @@ class Settings:
         if made.unit_min > made.unit_max:
             raise SettingError(f"unit_min={made.unit_min} is above unit_max={made.unit_max}: make it smaller.")
         return made
+
+    def is_lossless(self, component: str) -> bool:
+        """The device works with a component's weights as they are, bit for bit."""
+        way = self.transport_of(component)
+        return way.lossless if isinstance(way, Way) else way in LOSSLESS
 
     def transport_of(self, component: str) -> str | Way:
         """How the weights of a component travel."""

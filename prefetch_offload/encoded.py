@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from prefetch_offload_kernels import Descriptor, Table, build_table
 
-from .codecs import SLAB_ALIGNMENT, Codec, Piece, Raw, Recipe
+from .encoding import SLAB_ALIGNMENT, Codec, Piece, Raw, Recipe
 from .host import Pins, Slab
 from .masters import DEVICE_GRAIN, Master, SlabUnit, version_of
 from .originals import FileSlab, file_slab

@@ -45,6 +45,14 @@ def hook_of(module: Any) -> CpuOffload | None:
 _handles: weakref.WeakSet[Offload] = weakref.WeakSet()
 
 
+def _enabled() -> Iterator[tuple[Offload, DiffusionPipeline]]:
+    """Pipelines that are enabled, with their handles."""
+    for offload in list(_handles):
+        pipe = offload._pipe()
+        if pipe is not None and adapter.offload_of(pipe) is offload:
+            yield offload, pipe
+
+
 def sharing(module: nn.Module, session: Session, pipe: DiffusionPipeline | None = None) -> list[Settings]:
     """Settings of the other enabled pipelines that offload `module`.
 
@@ -53,11 +61,8 @@ def sharing(module: nn.Module, session: Session, pipe: DiffusionPipeline | None 
     """
     family = [pipe, *adapter.parts_of(pipe)] if pipe is not None else []
     found = []
-    for offload in list(_handles):
-        other = offload._pipe()
-        if other is None or adapter.offload_of(other) is not offload or not offload.active:
-            continue
-        if offload._session.client is session.client:
+    for offload, other in _enabled():
+        if not offload.active or offload._session.client is session.client:
             continue
         if any(p is other for p in family) or any(p is pipe for p in adapter.parts_of(other)):
             continue  # a combined pipeline and what it is made of
@@ -216,9 +221,7 @@ class Offload:
 
     def _shared(self, module: nn.Module) -> bool:
         """Another enabled pipeline has the module, too."""
-        others = [(o, o._pipe()) for o in list(_handles) if o is not self]
-        pipes = [p for o, p in others if p is not None and adapter.offload_of(p) is o]
-        return any(m is module for p in pipes for m in p.components.values())
+        return any(m is module for o, p in _enabled() if o is not self for m in p.components.values())
 
     def _unhook(self, module: nn.Module) -> None:
         """Detach our hook; where another enabled pipeline shares the module, hand it over instead."""

@@ -18,7 +18,7 @@ from .adoption import give_up, needs_native_move
 from .calls import CallOrder, Memory
 from .component import Component, agreed
 from .config import Settings
-from .device import OUT_OF_MEMORY, RETIRE_AFTER_COPY, Lanes
+from .device import OUT_OF_MEMORY, Lanes
 from .errors import OffloadError, OffloadWarning
 from .host import Pins
 from .masters import SlabUnit, Unit, modules_of
@@ -91,7 +91,7 @@ class Client:
     @property
     def calling(self) -> int:
         """Pipeline calls in progress, one within another or in several threads."""
-        return sum(not call.over for call in self.in_progress) if self.in_progress else 0
+        return sum(not call.over for call in self.in_progress)
 
 
 class _Change:
@@ -364,11 +364,7 @@ class Holdings:
         for unit in self._units_of(component.key):
             if unit.key in self.transport.flights:
                 self._drop([unit.key])
-            if unit.copied is not None:
-                self.lanes.host_wait(unit.copied, RETIRE_AFTER_COPY)
-                if isinstance(unit, SlabUnit) and unit.source.pinned:
-                    self.lanes.note_host("free", f"{unit.key} (host)")
-                unit.copied = None
+            self.transport.finish_copies(unit)
             give_up(unit)
 
     def _register(self, component: Component) -> None:

@@ -272,13 +272,17 @@ class Transport:
             self.lanes.note("free", flight.home, unit.key)  # as far as we are concerned
         unit.abandon()
 
-    def retire(self, unit: Unit) -> None:
-        """Give up the unit's host memory, once nothing is being copied from it. The unit is not on the device."""
+    def finish_copies(self, unit: Unit) -> None:
+        """The host waits until nothing is being copied from the unit's host memory, which is about to go."""
         copied, unit.copied = unit.copied, None
         if copied is not None:
             self.lanes.host_wait(copied, RETIRE_AFTER_COPY)
             if isinstance(unit, SlabUnit) and unit.source.pinned:
                 self.lanes.note_host("free", _on_host(unit))
+
+    def retire(self, unit: Unit) -> None:
+        """Give up the unit's host memory, once nothing is being copied from it. The unit is not on the device."""
+        self.finish_copies(unit)
         if isinstance(unit, EncodedUnit):
             self._encoded.pop(unit.key, None)
             self._fit_staging()

@@ -7,20 +7,23 @@ on arrival. Casting back later gives what was there, so that nothing has to come
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from prefetch_offload_kernels import PACKED_BF16, Descriptor
 
-from .codecs import SLAB_ALIGNMENT, dense, holds
 from .config import MIB
 from .encoded import EncodedUnit
+from .encoding import SLAB_ALIGNMENT, dense, holds
 from .host import Pins, Slab
 from .masters import Master, SlabUnit, span_nbytes, version_of
 from .units import align
 
 # What one of them brings over the link. They share a staging buffer, which stays allocated while the component runs.
 _PAYLOAD = 32 * MIB
+# Where what travels of a tensor begins and ends in what its donor has on the host, and how it was encoded, if it was.
+_Travelling = tuple[int, int, Descriptor | None]
 
 
 class _Stretch:
@@ -42,7 +45,9 @@ class UpcastUnit(EncodedUnit):
         donor: that unit, which is suspended meanwhile.
     """
 
-    def __init__(self, key: str, donor: SlabUnit, masters: list[Master], pins: Pins) -> None:
+    def __init__(
+        self, key: str, donor: SlabUnit, masters: list[Master], travelling: Mapping[int, _Travelling], pins: Pins
+    ) -> None:
         self.donor = donor
         offsets, end = [], 0
         for master in masters:
@@ -52,7 +57,6 @@ class UpcastUnit(EncodedUnit):
         slab: Any = _Stretch(align(end, 8))
         super().__init__(key, slab, masters, parts, None, pins)  # type: ignore[arg-type]
         self.place(offsets)
-        travelling = _travelling(donor)
         homes = [travelling[id(m)] for m in masters]
         begin = min(first for first, _, _ in homes) // SLAB_ALIGNMENT * SLAB_ALIGNMENT
         source: Any = _Stretch(max(end for _, end, _ in homes) - begin, donor.source, begin)
@@ -130,16 +134,13 @@ class UpcastUnit(EncodedUnit):
         self.table = self._index = self._device_mask = self._arrived = None
 
 
-def _travelling(donor: SlabUnit) -> dict[int, tuple[int, int, Descriptor | None]]:
-    """By identities of masters: where what travels of each begins and ends, and how that was encoded; None: it was not.
-
-    Those that cannot become another type than the one they were encoded from are left out.
-    """
+def _travelling(donor: SlabUnit) -> dict[int, _Travelling]:
+    """By identities of masters. Those that cannot become another type than the one they were encoded from are left out."""
     base = donor.slab.bytes.data_ptr()
     homes = [(m, m.home.data_ptr() - base, span_nbytes(m.home)) for m in donor.masters if m.home is not None]
     if not isinstance(donor, EncodedUnit):
         return {id(m): (at, at + nbytes, None) for m, at, nbytes in homes}
-    found: dict[int, tuple[int, int, Descriptor | None]] = {}
+    found: dict[int, _Travelling] = {}
     pieces = donor.encoded_pieces()
     for master, at, nbytes in homes:
         piece, end, descriptor = next(p for p in pieces if p[0] <= at < p[0] + p[2].target_nbytes)
@@ -185,14 +186,15 @@ def upcast_units(prefix: str, suspended: list[SlabUnit], fresh: list[Master], pi
                 donor.copied.synchronize()
                 donor.copied = None
             donor.encode()
-        if not all(id(m) in _travelling(donor) for m in masters):
+        travelling = _travelling(donor)
+        if not all(id(m) in travelling for m in masters):
             continue
         run: list[Master] = []
         nbytes = 0
         for master in [*sorted(masters, key=_address), None]:
             grown = nbytes + (span_nbytes(master.home) if master is not None and master.home is not None else 0)
             if run and (master is None or grown > _PAYLOAD):
-                made.append(UpcastUnit(f"{prefix}/{len(made)}/transient", donor, run, pins))
+                made.append(UpcastUnit(f"{prefix}/{len(made)}/transient", donor, run, travelling, pins))
                 run, grown = [], grown - nbytes
             if master is not None:
                 run.append(master)

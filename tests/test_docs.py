@@ -271,7 +271,8 @@ def fields(path: str, name: str) -> frozenset[str]:
 
 
 def settings() -> set[str]:
-    return {n for n in fields("prefetch_offload/config.py", "Settings") if n not in ("make", "transport_of")}
+    body = class_body("prefetch_offload/config.py", "Settings")
+    return {n.target.id for n in body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
 
 
 def python_in(page: Path) -> Iterator[tuple[int, ast.AST]]:

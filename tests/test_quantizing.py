@@ -28,8 +28,10 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
 from prefetch_offload import Quantized, SettingError, quantizing
-from prefetch_offload.codecs import Narrowed, Packed, Piece, codec_for
+from prefetch_offload.codecs import Packed, codec_for
 from prefetch_offload.config import Settings
+from prefetch_offload.encoding import Piece
+from prefetch_offload.quantizing import Narrowed
 
 __all__ = ["small_chunks"]  # the fixture, for these tests too
 

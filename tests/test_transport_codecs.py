@@ -19,8 +19,9 @@ from torch import nn
 import prefetch_offload
 from prefetch_offload import Quantized, SettingError, codecs
 from prefetch_offload.bound import lower_bound_ms
-from prefetch_offload.codecs import Piece, codec_for
+from prefetch_offload.codecs import codec_for
 from prefetch_offload.encoded import EncodedUnit
+from prefetch_offload.encoding import Piece
 from prefetch_offload.recorder import Recorder
 from prefetch_offload.simulator import ComponentLoad, Link, Workload
 from prefetch_offload.strategy import plan_call

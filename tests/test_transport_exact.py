@@ -14,7 +14,8 @@ from conftest import DEVICE, settle, weight_nbytes
 from test_transport_codecs import PIPES, UNITS, build, draw, encoded_units, fp8_rounded, small_chunks, weights
 
 from prefetch_offload import codecs
-from prefetch_offload.codecs import Packed, Piece
+from prefetch_offload.codecs import Packed
+from prefetch_offload.encoding import Piece
 from prefetch_offload.testing.pipelines import CASES
 from prefetch_offload.units import align
 

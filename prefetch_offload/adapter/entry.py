@@ -28,6 +28,14 @@ def _hook_of(module: nn.Module) -> CpuOffload | None:
     return hook if type(hook) is CpuOffload else None
 
 
+def _show_exact(module: nn.Module) -> CpuOffload | None:
+    """Let the module show its masters if it shows what a lossy transport has left of them. Returns its hook."""
+    hook = _hook_of(module)
+    if hook is not None:
+        hook.show_exact()
+    return hook
+
+
 class _EntryPoint:
     """A method that enters its component first, also when it was replaced on the instance."""
 
@@ -73,9 +81,7 @@ def _of_masters(base: Any, name: str) -> Any:
 
     @functools.wraps(method)
     def exact(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        hook = _hook_of(self)
-        if hook is not None:
-            hook.show_exact()
+        _show_exact(self)
         return method(self, *args, **kwargs)
 
     return exact
@@ -122,9 +128,7 @@ def _make(base: Any) -> type:
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
         """Pickled, the module is what it was before."""
-        hook = _hook_of(self)
-        if hook is not None:
-            hook.show_exact()
+        _show_exact(self)
         state = {k: v for k, v in self.__dict__.items() if k != "_hf_hook"}
         return _blank, (base,), state
 
@@ -132,9 +136,7 @@ def _make(base: Any) -> type:
         """A copy is offloaded like the original, from masters of its own."""
         import copy
 
-        hook = _hook_of(self)
-        if hook is not None:
-            hook.show_exact()
+        hook = _show_exact(self)
         made = base.__new__(base)
         memo[id(self)] = made
         made.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k != "_hf_hook"})

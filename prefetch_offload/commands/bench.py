@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import csv
-import inspect
 import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
 from rich.console import Console
 from rich.table import Table
 
@@ -116,7 +114,8 @@ def _run(label: str, request: Request, device: torch.device, dtype: torch.dtype)
     pipe.set_progress_bar_config(desc=label, leave=False, disable=not sys.stderr.isatty())
     inputs = running.inputs_for(
         pipe,
-        prompt=_prompt(pipe, request),
+        {"prompt": PROMPT},
+        prompt=request.prompt,
         num_inference_steps=request.steps,
         width=request.width,
         height=request.height,
@@ -143,11 +142,6 @@ def _run(label: str, request: Request, device: torch.device, dtype: torch.dtype)
         if fits and not isinstance(error, OffloadError):
             raise
         return Result(label, None, str(error).splitlines()[0], fits=fits)
-
-
-def _prompt(pipe: DiffusionPipeline, request: Request) -> str | None:
-    takes = "prompt" in inspect.signature(pipe.__call__).parameters
-    return PROMPT if request.prompt is None and takes else request.prompt
 
 
 def _table(title: str, results: list[Result], reference: running.Outcome | None) -> Table:

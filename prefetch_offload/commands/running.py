@@ -6,9 +6,10 @@ import gc
 import inspect
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import diffusers
@@ -75,8 +76,10 @@ def load(model: str, dtype: torch.dtype) -> DiffusionPipeline:
         ) from error
 
 
-def inputs_for(pipe: DiffusionPipeline, **wanted: Any) -> dict[str, Any]:
-    """The inputs that were given, after a check that this pipeline takes them.
+def inputs_for(
+    pipe: DiffusionPipeline, defaults: Mapping[str, Any] = MappingProxyType({}), **wanted: Any
+) -> dict[str, Any]:
+    """The inputs that were given, after a check that this pipeline takes them, and of `defaults` those that it takes.
 
     Raises:
         SettingError: it does not, or it needs others.
@@ -89,6 +92,7 @@ def inputs_for(pipe: DiffusionPipeline, **wanted: Any) -> dict[str, Any]:
                 f"{type(pipe).__name__} takes no `{name}`: leave it out, or call the pipeline from Python "
                 "(prefetch_offload.enable(pipe))."
             )
+    given = {name: value for name, value in defaults.items() if name in takes} | given
     missing = [p.name for p in takes.values() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     missing = [name for name in missing if name not in given]
     if missing:
