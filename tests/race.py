@@ -31,10 +31,10 @@ def race(sim: Any, case: Any, pipes: list[Any], rounds: int) -> list[float]:
     return [sorted(kept[1:])[rounds // 2] for kept in times]
 
 
-def on_a_slow_link(sim: Any) -> dict[str, float]:
+def on_a_slow_link(sim: Any, rounds: tuple[int, int] = (3, 5)) -> dict[str, float]:
     """Median seconds of `stock` and `ours` (at stock's memory), then of `resident` and `default` (the default budget).
 
-    The link is slowed until copying all weights once takes as long as a resident call.
+    The link is slowed until copying all weights once takes as long as a resident call. So many rounds of each of the two.
     """
     case = scaled("sdxl", width=64)
     resident_pipe = case.build().to(DEVICE)
@@ -47,10 +47,10 @@ def on_a_slow_link(sim: Any) -> dict[str, float]:
         stock_pipe, pipe = case.build(), case.build()
         stock_pipe.enable_model_cpu_offload(device=DEVICE)
         offload = prefetch_offload.enable(pipe, device=DEVICE, budget="stock", unit_min=64 << 10, unit_max=512 << 10)
-        stock, ours = race(sim, case, [stock_pipe, pipe], 3)
+        stock, ours = race(sim, case, [stock_pipe, pipe], rounds[0])
         print(f"\nsimulated: stock {stock:.2f} s, ours at stock's memory {ours:.2f} s\n{offload.report()}")
         prefetch_offload.enable(pipe, device=DEVICE)
-        resident, default = race(sim, case, [resident_pipe, pipe], 5)
+        resident, default = race(sim, case, [resident_pipe, pipe], rounds[1])
         print(f"simulated: resident {resident:.2f} s, ours with the default budget {default:.2f} s")
         offload.disable()
         stock_pipe.remove_all_hooks()
