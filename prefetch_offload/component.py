@@ -82,6 +82,7 @@ class Component(Binding):
         order: keys of its units in order of use, by its last measured pass.
         visits: by number of a point, the place of its last call in that pass.
         first_visit: the number of the point that was called first in it.
+        in_turns: a unit was read again in it after another one.
         unit_ms: by unit, its compute time in that pass.
         unpack_ms: by unit, what turning what travelled into the unit was measured to take.
         pass_ms: a pass's compute time, by the last call's figures; 0: not measured.
@@ -121,6 +122,7 @@ class Component(Binding):
         self.order: tuple[str, ...] = ()
         self.visits: dict[int, int] = {}
         self.first_visit = -1
+        self.in_turns = False
         self.unit_ms: dict[str, float] = {}
         self.unpack_ms: dict[str, float] = {}
         self.pass_ms = 0.0
@@ -273,7 +275,7 @@ class Component(Binding):
         self.least_nbytes = least_nbytes({u.key: u.nbytes for u in self.units}, self.points, self.must)
         keys = tuple(u.key for u in self.units)
         if set(keys) != set(self.order):
-            self.order, self.visits, self.first_visit = keys, {}, -1
+            self.order, self.visits, self.first_visit, self.in_turns = keys, {}, -1, False
             self.unit_ms, self.pending, self.watched = {}, [], False
 
     def stays(self, unit: str) -> None:
@@ -317,18 +319,19 @@ class Component(Binding):
 
     def learn(self, visited: list[int]) -> None:
         """A pass called these points, by number, in this order."""
-        # By the last call of each: units that are read in turns are done with in that order.
         self.visits = {number: place for place, number in enumerate(dict.fromkeys(reversed(visited)))}
         self.visits = {number: len(self.visits) - 1 - place for number, place in self.visits.items()}
         self.first_visit = visited[0] if visited else -1
         by_number = {p.number: p for p in self.points}
-        ends: dict[str, int] = {}
-        for number, place in sorted(self.visits.items(), key=lambda item: item[1]):
-            ends |= dict.fromkeys(by_number[number].units, place)
-        used = sorted(ends, key=ends.__getitem__)
-        first = [u.key for u in self.units if u.key in self.must and u.key not in ends]
+        rounds = itertools.takewhile(lambda i: i == 0 or visited[i] != self.first_visit, range(len(visited)))
+        reads = [u for i in rounds for u in by_number[visited[i]].units]
+        # Units come in the order of their first reads: what blocks define behind one another often runs in turns, and a unit
+        # that holds the end of one and the beginning of the next has to be there for the first of them.
+        first = [u.key for u in self.units if u.key in self.must and u.key not in reads]
         # units that the pass did not read come last: an encoder's while only the decoder runs
-        self.order = tuple(dict.fromkeys([*first, *used, *(u.key for u in self.units)]))
+        self.order = tuple(dict.fromkeys([*first, *reads, *(u.key for u in self.units)]))
+        turns = [u for u, _ in itertools.groupby(u for u in reads if u not in self.must)]
+        self.in_turns = len(set(turns)) < len(turns)
 
     def time_units(self) -> None:
         """Take over what the last measured pass took, if the device has come so far. The host does not wait."""

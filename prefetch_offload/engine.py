@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 import weakref
 
@@ -16,7 +15,7 @@ from .holdings import Call, Client
 from .moves import Moves
 from .planner import plan_entry
 from .planning import ASSUMED_GBPS, EARLY, replan, try_out
-from .residency import Prefetched, State
+from .residency import State
 from .simulator import Link
 from .streaming import Stream
 from .trace import Timeline
@@ -362,14 +361,7 @@ class Engine(Moves):
             return
         least = component.smallest_nbytes
         cap = client.memory.cap(shape, component.nbytes, self.available(client), least) - self._idle_beside(component)
-        self._within(cap, at_once=False)
-        view, protected = self.residency.view(), self._protected(None)
-        share = self._share(component, client, cap)
-        plan = self._scripted(client, None, share, cap, protected) or self._lasting(
-            client, plan_entry(view, None, cap, upcoming, protected, client.settings.prefetch, client.heads), cap
-        )
-        plan = dataclasses.replace(plan, drops=self._unbind_readers(plan.drops))
-        self._run_ahead(client, self.residency.handle(Prefetched(plan)))
+        self.fill_idle(component, client, cap)
 
     def show_masters(self, components: list[Component]) -> None:
         """These components show their host weights; device copies stay."""

@@ -21,7 +21,7 @@ from .masters import SlabUnit
 from .planner import EntryPlan, follow, lasting, plan_entry
 from .residency import Await, Dropped, Entered, Instruction, Load, Needed, Prefetched, State
 from .streaming import Stream
-from .window import Share, held_first, share_of
+from .window import Share, fits_whole, handed_over, held_first, share_of
 
 
 class Moves(Holdings):
@@ -175,28 +175,22 @@ class Moves(Holdings):
 
     def _make_ready(self, component: Component, client: Client, cap: int) -> None:
         protected = self._protected(component)
-        others = sum(self.units[u].nbytes for u in protected if u in self.transport.flights)
         limit = cap
         self._within(limit, at_once=False)
-        share = self._share(component, client, cap - others)
-        heads = dict(client.heads)
-        heads.pop(component.key, None)
-        plan = self._scripted(client, component, share, cap, protected)
-        if share is not None:
-            first = heads[component.key] = self._held_first(component, share, entered=True)
-            cap -= share.limit_nbytes - sum(self.units[u].nbytes for u in first)  # its window will fill up
+        begins = client.calling > 0 and client.entered == {component.key} and client.order.visits(component.key) == 1
+        share, plan = self._plan(component, client, cap, protected, client.order.upcoming(), begins)
         try:
-            prefetch = share is None or share.ahead
-            self._carry_out(component, client, plan or self._plan(component, client, cap, protected, heads, prefetch))
+            self._carry_out(component, client, plan)
         except OUT_OF_MEMORY:
             self.recorder.count("ladder")
             client.memory.ran_out(client.shapes[component.key])
             self._drop_all_but(component, protected)
-            head = heads.get(component.key) if component.streamable else None
-            state = self.residency.state  # some may have come before memory ran out
-            plan = EntryPlan(loads=tuple(u for u in head if state(u) is State.HOST) if head is not None else None)
+            loads = None
+            if component.streamable and share is not None:
+                state = self.residency.state  # some may have come before memory ran out
+                loads = tuple(u for u in self._held_first(component, share, entered=True) if state(u) is State.HOST)
             try:
-                self._carry_out(component, client, plan)
+                self._carry_out(component, client, EntryPlan(loads=loads))
             except OUT_OF_MEMORY as error:
                 raise torch.OutOfMemoryError(f"{error}\n{self._why(component)}") from error
         self._within(limit)
@@ -208,20 +202,49 @@ class Moves(Holdings):
         client: Client,
         cap: int,
         protected: frozenset[str],
-        heads: dict[str, tuple[str, ...]],
-        prefetch: bool,
-    ) -> EntryPlan:
+        upcoming: tuple[str, ...],
+        begins: bool,
+    ) -> tuple[Share | None, EntryPlan]:
+        """What `component` may hold while it runs (`_share`), and the plan for entering it, whatever else comes ahead included.
+
+        Args:
+            cap: device bytes for weights while it runs.
+            upcoming: the components expected after it.
+            begins: a call begins with it.
+        """
+        others = sum(self.units[u].nbytes for u in protected if u in self.transport.flights)
+        share = self._share(component, client, cap - others)
+        scripted = self._scripted(client, component, share, cap, protected)
+        if scripted is not None:
+            return share, scripted
+        if begins and share is not None:
+            beside = self.residency.held_nbytes - sum(u.nbytes for u in component.units if u.key in self.transport.flights)
+            if fits_whole(share, component.nbytes, beside, cap):
+                share = handed_over(component.order, {u.key: u.nbytes for u in component.units}, component.must)
+        heads = dict(client.heads)
+        heads.pop(component.key, None)
+        if share is not None:
+            first = heads[component.key] = self._held_first(component, share, entered=True)
+            cap -= share.limit_nbytes - sum(self.units[u].nbytes for u in first)  # its window will fill up
+        prefetch = client.settings.prefetch and (share is None or share.ahead)
         plan = plan_entry(
-            self.residency.view(),
-            component.key,
-            cap,
-            client.order.upcoming(),
-            protected,
-            prefetch and client.settings.prefetch,
-            heads,
-            lazily=component.streamable,
+            self.residency.view(), component.key, cap, upcoming, protected, prefetch, heads, lazily=component.streamable
         )
-        return self._lasting(client, plan, cap)
+        return share, self._lasting(client, plan, cap, upcoming)
+
+    def fill_idle(self, component: Component, client: Client, cap: int) -> None:
+        """No call is in progress, and the next one will begin with `component`: what it would load, and what comes behind
+        that, may come already."""
+        self._within(cap, at_once=False)
+        upcoming = client.order.upcoming()
+        _, plan = self._plan(component, client, cap, self._protected(None), (*upcoming[1:], *upcoming[:1]), begins=True)
+        loads = component.order if plan.loads is None else plan.loads
+        state, units = self.residency.state, self.units
+        loads = tuple(u for u in loads if state(u) is State.HOST and units[u].prefetchable)
+        if not client.settings.prefetch or plan.peak_nbytes > cap:
+            return
+        drops = self._unbind_readers(plan.drops)
+        self._run_ahead(client, self.residency.handle(Prefetched(EntryPlan(drops, (*loads, *plan.prefetches)))))
 
     def _scripted(
         self, client: Client, component: Component | None, share: Share | None, cap: int, protected: frozenset[str]
@@ -266,14 +289,14 @@ class Moves(Holdings):
         plan = EntryPlan((*own, *others), plan.prefetches)
         self._run_ahead(client, self.residency.handle(Prefetched(plan)), streamed=True)
 
-    def _lasting(self, client: Client, plan: EntryPlan, cap: int) -> EntryPlan:
+    def _lasting(self, client: Client, plan: EntryPlan, cap: int, upcoming: tuple[str, ...]) -> EntryPlan:
         """`plan` without what would have to leave again before it is used."""
         if not plan.prefetches:
             return plan
         nbytes = {key: unit.nbytes for key, unit in self.units.items()}
         owner = {key: name for key, (name, _) in self.recorder.owner.items()}
         rooms = functools.partial(self._room_beside, client)
-        return lasting(plan, self.residency.held(), cap, nbytes, owner, client.order.upcoming(), rooms)
+        return lasting(plan, self.residency.held(), cap, nbytes, owner, upcoming, rooms)
 
     def _room_beside(self, client: Client, key: str) -> int:
         """Bytes that others may hold while the component `key` of `client` runs; no limit where it was not measured."""
@@ -422,7 +445,7 @@ class Moves(Holdings):
                 client.settings.prefetch,
                 client.heads,
             )
-            plan = self._lasting(client, plan, cap)
+            plan = self._lasting(client, plan, cap, client.order.upcoming())
             own = [u for u in plan.drops if self.recorder.owner[u][0] == component.key]
             others = tuple(u for u in plan.drops if u not in own)
             self.stream_out(component, own)

@@ -100,7 +100,7 @@ def plan_entry(
     # What streams begins with its head: its window is accounted for unit by unit from there on.
     drops: list[str] = []
     if component is not None and component in heads:
-        drops = [u for u in view.components[component] if u in view.held and u not in own]
+        drops = [u for u in view.components[component] if u in view.held and u not in own and u not in protected]
     victims = [u for u in victims if u not in drops]
     held = view.held_nbytes + sum(view.nbytes[u] for u in own - view.held) - sum(view.nbytes[u] for u in drops)
     loads = tuple(u for u in wanted if u not in view.held) if lazily and component is not None else None

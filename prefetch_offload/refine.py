@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from .bound import lower_bound_ms
 from .simulator import SIMULATED_PASSES, ComponentLoad, Link, Workload, simulate
-from .window import Share, share_of
+from .window import Share, handed_over, share_of
 
 FINE_STEPS = 5_400  # of comparing windows on the units themselves
 ENOUGH = 1.005  # of the physical limit: no window is worth more trying then
@@ -81,7 +81,7 @@ def _windows(c: ComponentLoad, cap_nbytes: int, again: bool) -> list[Share]:
         if not loose or must + window > limit:
             continue
         if limit >= c.total_nbytes:
-            found.append(handed_over(c))
+            found.append(handed_over(c.units, c.nbytes, c.must))
         else:
             found.append(share_of(c.units, c.nbytes, c.compute_ms, limit, window, c.must))
     return list(dict.fromkeys(found))
@@ -89,9 +89,3 @@ def _windows(c: ComponentLoad, cap_nbytes: int, again: bool) -> list[Share]:
 
 def passes_of(workload: Workload, name: str) -> int:
     return max((passes for other, passes in workload.runs if other == name), default=1)
-
-
-def handed_over(c: ComponentLoad, ahead: bool = True) -> Share:
-    """All of a component stays while it runs, but its last pass makes room for the next one unit by unit."""
-    last = next((u for u in reversed(c.units) if u not in c.must), None)
-    return Share(c.total_nbytes, frozenset(u for u in c.units if u != last), ahead)

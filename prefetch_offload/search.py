@@ -18,10 +18,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .bound import lower_bound_ms
-from .refine import handed_over, passes_of, refined
+from .refine import passes_of, refined
 from .schedule import MOST_UNITS, scripted
 from .simulator import SIMULATED_PASSES, ComponentLoad, Link, Workload, simulate
-from .window import Share, Window, share_of
+from .window import Share, Window, handed_over, share_of
 
 # Simulated unit uses that a search may take: a small workload is worth a thorough search; a large one gets
 # some 20 ms, since it is planned while a user waits.
@@ -123,7 +123,7 @@ def _fine(c: ComponentLoad, coarse: ComponentLoad, rough: Share, passes: int) ->
     if coarse is c:
         return rough
     if rough.limit_nbytes >= c.total_nbytes:
-        return handed_over(c, rough.ahead)
+        return handed_over(c.units, c.nbytes, c.must, rough.ahead)
     window = rough.limit_nbytes - sum(coarse.nbytes[u] for u in rough.keep)
     if passes > 1:
         # One that is read and one that arrives behind it; with many small ones, a few more against uneven times.
@@ -227,7 +227,7 @@ class _Search:
             return [None]
         found: list[Share | None] = [None] if c.total_nbytes <= cap else []
         if c.total_nbytes <= cap:
-            found += [handed_over(c, True), handed_over(c, False)]
+            found += [handed_over(c.units, c.nbytes, c.must, ahead) for ahead in (True, False)]
         few = sum(u not in c.must for u in c.units) <= FEW_UNITS
         shares = _every_share(c, cap) if few else _some_shares(c, cap)
         for share in sorted(shares, key=lambda s: (-s.limit_nbytes, -len(s.keep), sorted(s.keep))):

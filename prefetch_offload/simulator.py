@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from .planner import EntryPlan, follow, lasting, plan_entry
 from .residency import Await, Drop, Dropped, Entered, Instruction, Load, Needed, Prefetched, Residency, State
 from .trace import Level, Span, Timeline
-from .window import Scripted, Share, Window, held_first, window_of
+from .window import Scripted, Share, Window, fits_whole, handed_over, held_first, window_of
 
 # Passes of a run that are simulated one by one; those in between repeat the last of them. 2 fill the window and show
 # its steady state, 1 is the last, in which the next component comes in.
@@ -26,13 +26,13 @@ class ComponentLoad:
     """One component as a planner sees it.
 
     Attributes:
-        units: in order of use within a pass, each once.
+        units: in order of their first use within a pass, each once.
         nbytes: device bytes of each unit.
         compute_ms: time of each unit in one pass, without waiting.
         activation_nbytes: device memory in use besides weights while it runs.
         must: units read throughout its run; they cannot be streamed.
         streamable: False: all units have to be there at once (a compiled graph, a module with its own `.to()`).
-        apart: no module reads several units at once, those in `must` aside.
+        apart: no module reads several units at once, and none is read again after another, those in `must` aside.
         copy_nbytes: bytes that a unit puts on the link, where they are not those that it takes on the device.
         unpack_ms: what turning them into the unit takes behind the copy, on the same stream.
     """
@@ -233,17 +233,23 @@ class _Device:
         runs = self.workload.runs
         names = [name for name, _ in runs]
         for i, (name, passes) in enumerate(runs):
-            self.run(name, passes, tuple(names[i + 1 :] + names[: i + 1]))
+            self.run(name, passes, tuple(names[i + 1 :] + names[: i + 1]), begins=i == 0)
 
-    def run(self, name: str, passes: int, upcoming: tuple[str, ...]) -> None:
+    def run(self, name: str, passes: int, upcoming: tuple[str, ...], begins: bool) -> None:
         component = self.workload.components[name]
         cap = self.budget - component.activation_nbytes
-        streams = name in self.heads
+        share = self.shares[name] if name in self.heads else None
+        first = self.first.get(name, ())
+        if share is not None and begins:
+            held = self.residency.held_nbytes - sum(component.nbytes[u] for u in self.residency.held(name))
+            if fits_whole(share, component.total_nbytes, held, cap):
+                share = handed_over(component.units, component.nbytes, component.must)
+                first = component.units
         room = cap
-        if streams:
+        if share is not None:
             # The window fills up after the entry, without asking again: what it may grow by is not for others.
-            room -= self.shares[name].limit_nbytes - sum(component.nbytes[u] for u in self.first[name])
-        script = self.shares[name].script if streams else None
+            room -= share.limit_nbytes - sum(component.nbytes[u] for u in first)
+        script = share.script if share is not None else None
         if script is not None:
             plan = follow(script.first(), self.residency.held(), component.units, component.streamable)
         else:
@@ -252,16 +258,16 @@ class _Device:
                 name,
                 room,
                 upcoming,
-                prefetch=not streams or self.shares[name].ahead,
-                heads={**self.heads, name: self.first[name]} if streams else self.heads,
+                prefetch=share is None or share.ahead,
+                heads={**self.heads, name: first} if share is not None else self.heads,
                 lazily=component.streamable,
             )
             plan = self.lasting(plan, room, upcoming)
         act = component.activation_nbytes
         self.carry_out(self.residency.handle(Entered(name, plan)), act)
         window: Window | None = None
-        if streams:
-            window = window_of(component.units, component.nbytes, self.shares[name])
+        if share is not None:
+            window = window_of(component.units, component.nbytes, share)
             for unit in self.residency.held():
                 if window.streams(unit):
                     window.arrived(unit)
@@ -312,7 +318,7 @@ class _Device:
                 if drops or loads:
                     self.carry_out(residency.handle(Prefetched(EntryPlan(tuple(drops), tuple(loads)))), act)
             if last and turn(i, len(component.units)) and window.finished():
-                rest = frozenset(component.units[i + 1 :])
+                rest = component.must.union(component.units[i + 1 :])
                 plan = plan_entry(residency.view(), None, cap, upcoming, protected=rest, heads=self.heads)
                 plan = self.lasting(plan, cap, upcoming)
                 if plan.drops or plan.prefetches:

@@ -40,7 +40,7 @@ class Stream:
             self.window = window_of(component.order, nbytes, share)
         self.passes = 0
         self._last = False
-        self._turned = -1
+        self._turned = 0
         self._followed = ""  # the unit that the script was asked about last
         self._place = {key: i for i, key in enumerate(component.order)}
         self._readers: dict[str, list[Point]] = {}
@@ -102,7 +102,7 @@ class Stream:
 
     def begin_again(self) -> None:
         """Nothing of the pass has been: it begins, or is called once more after an error in it."""
-        self._turned = -1
+        self._turned = 0
         self._followed = ""
         self._visited.clear()
         self._marks.clear()
@@ -213,14 +213,13 @@ class Stream:
                     drops, loads = window.done(unit, self._last)
                     if drops or loads:
                         self._exchange(drops, loads)
-                if self._last and window.finished() and self._is_turn(unit):
+                if self._last and window.finished() and self._is_turn():
                     self.engine.prefetch_others(self.client, self.component, frozenset(self.units) - self._read)
 
-    def _is_turn(self, unit: str) -> bool:
-        """Some sixteen times in a last pass, and at its last streamed unit, there is a look at what else to prefetch."""
-        assert self.window is not None
-        place = self._place[unit]
-        if place - self._turned < max(1, len(self._place) // 16) and (unit,) != self.window.order[-1:]:
+    def _is_turn(self) -> bool:
+        """Some sixteen times in a last pass, and at its end, there is a look at what else to prefetch."""
+        place = len(self._read)
+        if place - self._turned < max(1, len(self._place) // 16) and place < len(self._final):
             return False
         self._turned = place
         return True

@@ -109,6 +109,28 @@ def share_of(
     return Share(limit_nbytes, frozenset(kept))
 
 
+def handed_over(
+    order: Sequence[str], nbytes: Mapping[str, int], must: frozenset[str] = frozenset(), ahead: bool = True
+) -> Share:
+    """All of a component stays while it runs, but its last pass makes room for the next one unit by unit."""
+    last = next((u for u in reversed(order) if u not in must), None)
+    return Share(sum(nbytes[u] for u in order), frozenset(u for u in order if u != last), ahead)
+
+
+def fits_whole(share: Share, nbytes: int, others_nbytes: int, cap_nbytes: int) -> bool:
+    """Whether the component that a call begins with need not pass through the window that `share` gives it.
+
+    Between calls nothing runs, and all that comes next may come: what its window would bring later, behind units of the
+    components after it, comes before them. Nothing makes room for that.
+
+    Args:
+        nbytes: of the component.
+        others_nbytes: that other components hold.
+        cap_nbytes: device bytes that weights may take while it runs.
+    """
+    return share.script is None and share.limit_nbytes < nbytes and others_nbytes + nbytes <= cap_nbytes
+
+
 class Window:
     """The units of a running component that do not stay, and which of them are on the device.
 
@@ -247,7 +269,7 @@ class Window:
                 break
             index = self._index[unit]
             if not (last and index <= at) and ((index - at) % len(self.order) or len(self.order)) <= distance:
-                break
+                continue  # one that is read in several places is done with after others that are used again later
             found.append(unit)
             nbytes -= self._nbytes[unit]
         return found if nbytes <= 0 else None

@@ -300,6 +300,36 @@ def test_a_layer_that_is_used_in_two_places(at: int, sim: Any, enable: Any) -> N
         offload.disable()
 
 
+class _TakingTurns(nn.Module):
+    """Blocks as diffusers' UNets have them: attentions are defined before resnets, and the two are called in turns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attentions = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(5))
+        self.resnets = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(5))
+        self.dtype = torch.float32
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for resnet, attention in zip(self.resnets, self.attentions, strict=True):
+            x = torch.tanh(attention(torch.tanh(resnet(x))))
+        return x
+
+
+def test_units_come_in_the_order_of_their_first_reads(sim: Any, enable: Any) -> None:
+    """The unit of the last attention and the first resnet is read at both ends of a pass: waiting for it is waiting for all."""
+    net = _TakingTurns()
+    expected = truth(net)
+    pipe = Pipeline(net)
+    two = 2 * 66560
+    offload = enable(pipe, budget=4 * two + (64 << 10), unit_min=two - 1024, unit_max=two)
+    calls = [(pipe(), offload.stats.components[0].misses) for _ in range(4)]
+    assert all(same(image, expected) for image, _ in calls)
+    (component,) = offload._session.client.components.values()
+    names = [u.key.split("/")[1] for u in component.units]
+    assert [component.order.index(u.key) for u in component.units] == [1, 3, 0, 2, 4], names
+    assert calls[-1][1] == calls[-2][1], "nothing is loaded only when it is read"
+
+
 def test_a_block_whose_forward_is_called(sim: Any, enable: Any) -> None:
     """No point is called: every block is found and stays, so that a small budget is refused, and never passed over."""
 

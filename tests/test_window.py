@@ -163,3 +163,15 @@ def test_a_unit_that_is_done_with_out_of_order_does_not_turn_the_clock_back() ->
     window.begin()
     assert window.done("u01", False) == (["u01"], ["u03"])
     assert window.done("u00", False) == (["u00"], ["u04"]), "not u01 again, which this pass has read"
+
+
+def test_one_that_is_done_with_late_does_not_keep_the_others_from_making_room() -> None:
+    """u02 is read again behind u04, as one that holds the end of one block and the beginning of another is: it is the last
+    used, and is used again before the one that is missing; u04 is used again after that."""
+    nbytes = named([1] * 5)
+    window = Window(list(nbytes), nbytes, Share(4, frozenset()))
+    for unit in ("u00", "u01", "u02", "u04"):
+        window.arrived(unit)
+    window.begin()
+    window.done("u04", last=True)
+    assert window.done("u02", last=False) == (["u04"], ["u03"])
