@@ -82,7 +82,7 @@ class Component(Binding):
         order: keys of its units in order of use, by its last measured pass.
         visits: by number of a point, the place of its last call in that pass.
         first_visit: the number of the point that was called first in it.
-        in_turns: a unit was read again in it after another one.
+        in_turns: a unit was read again in it after another one, other than in a round through all that follow.
         unit_ms: by unit, its compute time in that pass.
         unpack_ms: by unit, what turning what travelled into the unit was measured to take.
         pass_ms: a pass's compute time, by the last call's figures; 0: not measured.
@@ -323,15 +323,16 @@ class Component(Binding):
         self.visits = {number: len(self.visits) - 1 - place for number, place in self.visits.items()}
         self.first_visit = visited[0] if visited else -1
         by_number = {p.number: p for p in self.points}
-        rounds = itertools.takewhile(lambda i: i == 0 or visited[i] != self.first_visit, range(len(visited)))
-        reads = [u for i in rounds for u in by_number[visited[i]].units]
+        reads = [u for number in visited for u in by_number[number].units]
         # Units come in the order of their first reads: what blocks define behind one another often runs in turns, and a unit
         # that holds the end of one and the beginning of the next has to be there for the first of them.
         first = [u.key for u in self.units if u.key in self.must and u.key not in reads]
         # units that the pass did not read come last: an encoder's while only the decoder runs
         self.order = tuple(dict.fromkeys([*first, *reads, *(u.key for u in self.units)]))
         turns = [u for u, _ in itertools.groupby(u for u in reads if u not in self.must)]
-        self.in_turns = len(set(turns)) < len(turns)
+        place = {u: i for i, u in enumerate(dict.fromkeys(turns))}
+        steps = itertools.pairwise([-1, *(place[u] for u in turns), -1])
+        self.in_turns = any(after != before + 1 and before != len(place) - 1 for before, after in steps)
 
     def time_units(self) -> None:
         """Take over what the last measured pass took, if the device has come so far. The host does not wait."""

@@ -8,6 +8,7 @@ import sys
 import threading
 import warnings
 import weakref
+from collections.abc import Iterable
 
 import torch
 
@@ -173,6 +174,10 @@ class Moves(Holdings):
             found |= self.addresses.kept().difference(u.key for u in (component.units if component is not None else ()))
         return found
 
+    def _flying(self, units: Iterable[str]) -> int:
+        """Device bytes of those of `units` that are there, or on their way."""
+        return sum(self.units[u].nbytes for u in units if u in self.transport.flights)
+
     def _make_ready(self, component: Component, client: Client, cap: int) -> None:
         protected = self._protected(component)
         limit = cap
@@ -185,12 +190,14 @@ class Moves(Holdings):
             self.recorder.count("ladder")
             client.memory.ran_out(client.shapes[component.key])
             self._drop_all_but(component, protected)
-            loads = None
-            if component.streamable and share is not None:
-                state = self.residency.state  # some may have come before memory ran out
-                loads = tuple(u for u in self._held_first(component, share, entered=True) if state(u) is State.HOST)
+            # Less is there than was thought: no more than its window, and of what has come already, too.
+            share = self._share(component, client, cap - self._flying(protected))
+            plan = EntryPlan()
+            if share is not None and component.streamable:
+                first, held = self._held_first(component, share, entered=True), self.residency.held(component.key)
+                plan = EntryPlan(tuple(u for u in held if u not in first), loads=tuple(u for u in first if u not in held))
             try:
-                self._carry_out(component, client, EntryPlan(loads=loads))
+                self._carry_out(component, client, plan)
             except OUT_OF_MEMORY as error:
                 raise torch.OutOfMemoryError(f"{error}\n{self._why(component)}") from error
         self._within(limit)
@@ -212,13 +219,12 @@ class Moves(Holdings):
             upcoming: the components expected after it.
             begins: a call begins with it.
         """
-        others = sum(self.units[u].nbytes for u in protected if u in self.transport.flights)
-        share = self._share(component, client, cap - others)
+        share = self._share(component, client, cap - self._flying(protected))
         scripted = self._scripted(client, component, share, cap, protected)
         if scripted is not None:
             return share, scripted
         if begins and share is not None:
-            beside = self.residency.held_nbytes - sum(u.nbytes for u in component.units if u.key in self.transport.flights)
+            beside = self.residency.held_nbytes - self._flying(component.order)
             if fits_whole(share, component.nbytes, beside, cap):
                 share = handed_over(component.order, {u.key: u.nbytes for u in component.units}, component.must)
         heads = dict(client.heads)

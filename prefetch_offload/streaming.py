@@ -42,6 +42,7 @@ class Stream:
         self._last = False
         self._turned = 0
         self._followed = ""  # the unit that the script was asked about last
+        self._before = -1  # the number of the point that was called last
         self._place = {key: i for i, key in enumerate(component.order)}
         self._readers: dict[str, list[Point]] = {}
         for point in component.points:
@@ -103,7 +104,7 @@ class Stream:
     def begin_again(self) -> None:
         """Nothing of the pass has been: it begins, or is called once more after an error in it."""
         self._turned = 0
-        self._followed = ""
+        self._followed, self._before = "", -1
         self._visited.clear()
         self._marks.clear()
         self._read.clear()
@@ -149,7 +150,8 @@ class Stream:
                 break
         if weighing:
             engine.weighed()
-        if window is not None and point.number == self.component.first_visit and self._read:
+        before, self._before = self._before, point.number
+        if window is not None and point.number == self.component.first_visit and before != point.number and self._read:
             self._last = False  # round again within one call, as a tiled VAE's decoder goes
             if not window.scripted:  # a script knows calls; within one, it tells turns apart by itself
                 window.begin()
@@ -219,7 +221,8 @@ class Stream:
     def _is_turn(self) -> bool:
         """Some sixteen times in a last pass, and at its end, there is a look at what else to prefetch."""
         place = len(self._read)
-        if place - self._turned < max(1, len(self._place) // 16) and place < len(self._final):
+        ended = place == len(self._final)
+        if place == self._turned or (not ended and place - self._turned < max(1, len(self._place) // 16)):
             return False
         self._turned = place
         return True

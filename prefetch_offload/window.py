@@ -38,7 +38,7 @@ class Share:
         limit_nbytes: device bytes of its units at any time.
         keep: its units that stay from pass to pass. The others are streamed: loaded again in every pass.
         ahead: what fits beside `limit_nbytes` is loaded for the next components when it begins, rather than in its last
-            pass: right when compute hides more than its own copies.
+            pass: right when compute hides more than its own copies. Where a call begins with it, it is whole if that fits.
         head: its streamed units that are worth holding before it begins; None: as many of the first ones as there is
             room for. Of the others' they are dropped last, and prefetched.
         late: streamed units that do not come before the unit before them has been read: with few large units, another
@@ -120,15 +120,15 @@ def handed_over(
 def fits_whole(share: Share, nbytes: int, others_nbytes: int, cap_nbytes: int) -> bool:
     """Whether the component that a call begins with need not pass through the window that `share` gives it.
 
-    Between calls nothing runs, and all that comes next may come: what its window would bring later, behind units of the
-    components after it, comes before them. Nothing makes room for that.
+    Between calls nothing runs, and what comes next may come already. With `ahead`, that is all of the component, rather than
+    what its window holds, and then what follows it. Nothing makes room for that.
 
     Args:
         nbytes: of the component.
         others_nbytes: that other components hold.
         cap_nbytes: device bytes that weights may take while it runs.
     """
-    return share.script is None and share.limit_nbytes < nbytes and others_nbytes + nbytes <= cap_nbytes
+    return share.ahead and share.script is None and share.limit_nbytes < nbytes and others_nbytes + nbytes <= cap_nbytes
 
 
 class Window:
