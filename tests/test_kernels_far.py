@@ -16,7 +16,17 @@ from typing import Any
 
 import pytest
 import torch
-from prefetch_offload_kernels import PACKED_BF16, Descriptor, Table, build_table, cast_unit, codes, launch, pack_bf16
+from prefetch_offload_kernels import (
+    PACKED_BF16,
+    Descriptor,
+    Table,
+    build_table,
+    cast_unit,
+    cast_unit_reference,
+    codes,
+    launch,
+    pack_bf16,
+)
 from prefetch_offload_kernels.table import SOURCES
 from test_kernels_cast import (
     BF16,
@@ -34,6 +44,12 @@ from test_kernels_cast import (
     run_interpreted,
     up,
 )
+from torch import nn
+
+from prefetch_offload import Quantized
+from prefetch_offload.codecs import codec_for
+from prefetch_offload.config import Settings
+from prefetch_offload.encoding import Piece, Raw, Recipe
 
 BLOCK = codes.BLOCK
 GIB = 1 << 30
@@ -254,6 +270,42 @@ def test_packed_weights_of_more_elements_than_32_bits_count() -> None:
     staging.at(shift + codes.HEADER_NBYTES, packed.numel() - codes.HEADER_NBYTES).copy_(packed[codes.HEADER_NBYTES :])
     launch_far(last_blocks(build_table([descriptor], "cpu"), 3), staging, target)
     assert torch.equal(target.at(2 * before * BLOCK, weights.nbytes), bytes_of(weights))
+
+
+# ------------------------------------------------------------------------------------------------ what the engine asks
+WAYS = ("packed", "fp8", "int8", Quantized(torch.float8_e5m2, "tensor"), torch.float16, torch.float8_e4m3fn)
+
+
+@on_devices
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("stored", [F32, torch.float16, BF16], ids=str)
+def test_what_codecs_make_of_a_model_arrives_as_by_pytorch(stored: torch.dtype, way: Any, device: str) -> None:
+    """A unit's table as the engine builds it: weights of a convolution and of linear layers, tails, and what travels raw."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(24, 40, 3), nn.Linear(130, 67), nn.LayerNorm(67), nn.Linear(96, 192, bias=False))
+    module = module.to(stored).to(memory_format=torch.channels_last)
+    if stored == F32 and way == "packed":
+        module[1].to(BF16).to(F32)  # 16 bits hold it
+    codec = codec_for(Settings.make(transport=way), "model", module, torch.device("cpu"))
+    assert codec is not None
+    recipes: list[Recipe] = []
+    for name, p in module.named_parameters():
+        piece = Piece(name, 0, p.nbytes, p.detach(), True)
+        recipes.append(codec.recipe(piece) or Raw(bytes_of(piece.flat), name))
+    source = place = 0
+    staging = torch.zeros(sum(up(r.nbytes, 16) for r in recipes), dtype=torch.uint8)
+    descriptors = []
+    for recipe, p in zip(recipes, module.parameters(), strict=True):
+        recipe.write(staging[source : source + recipe.nbytes])
+        descriptors.append(recipe.descriptor(source, place))
+        source, place = source + up(recipe.nbytes, 16), place + up(p.nbytes)
+    narrower = way != torch.float16 or stored == F32
+    assert any(d.kind != codes.COPY for d in descriptors) == (narrower and not (way == "packed" and stored == torch.float16))
+    tables = [build_table(descriptors, where) for where in ("cpu", device)]
+    targets = [torch.full((place,), 0xA5, dtype=torch.uint8, device=t.device) for t in tables]
+    cast_unit_reference(tables[0], staging, targets[0])
+    cast_unit(tables[1], staging.to(device), targets[1])
+    assert torch.equal(targets[0], targets[1].cpu())
 
 
 @pytest.mark.slow
