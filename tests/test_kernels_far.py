@@ -1,4 +1,5 @@
-"""Every kind of the table over all bit patterns, through both of its branches; far out in large buffers; and in one launch.
+"""Every kind of the table over all bit patterns, through both of its branches; in one launch; far out in large buffers; and as
+codecs ask for it.
 
 The kernel's addresses are tried in Triton's interpreter, which computes in the types that the compiled kernel computes in, on
 memory of which only what is touched exists. Otherwise as test_kernels_cast.py, which says how these files run.
