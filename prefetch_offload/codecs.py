@@ -6,7 +6,14 @@ import dataclasses
 from collections.abc import Mapping
 
 import torch
-from prefetch_offload_kernels import PACKED_BF16, Descriptor, Survey, pack_bf16, survey_bf16
+from prefetch_offload_kernels import (
+    PACKED_BF16,
+    Descriptor,
+    Survey,
+    pack_bf16,
+    packing_workspace_nbytes,
+    survey_bf16,
+)
 from torch import nn
 
 from .config import Settings
@@ -47,6 +54,10 @@ class Packed(Codec):
             return Cast(piece, narrow) if narrow is not None else None
         survey = survey_bf16(piece.flat, self.device)
         return _Packing(piece, survey, self.device) if survey.ratio <= WORTH_PACKING else None
+
+    def workspace_nbytes(self, piece: Piece) -> int:
+        packs = self.device is not None and self.fits(piece) and piece.flat.dtype == torch.bfloat16
+        return packing_workspace_nbytes(piece.flat.numel()) if packs else 0
 
     def least_nbytes(self, piece: Piece) -> int:
         if not self.fits(piece):

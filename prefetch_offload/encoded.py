@@ -32,6 +32,7 @@ class EncodedUnit(SlabUnit):
         table: the same on the device, in memory of the copy stream; None: not there.
         dirty: masters differ from what was encoded, or encoding them has not been finished.
         encodings: how often it was encoded.
+        workspace_nbytes: device bytes that encoding it anew takes meanwhile.
     """
 
     travels_encoded = True
@@ -52,7 +53,7 @@ class EncodedUnit(SlabUnit):
         self.descriptors: tuple[Descriptor, ...] = ()
         self.table: Table | None = None
         self.dirty = True
-        self.encodings = 0
+        self.encodings = self.workspace_nbytes = 0
         self._versions: list[int] = []
         self._mask: torch.Tensor | None = None  # of the fingerprint's words: the bytes that belong to a piece
         self._index: torch.Tensor | None = None  # of the fingerprint's words, on the device
@@ -108,6 +109,7 @@ class EncodedUnit(SlabUnit):
             super().sample()
         versions = [version_of(m.tensor) for m in self.masters]
         pieces = self.pieces()
+        self.workspace_nbytes = max(map(self._codec.workspace_nbytes, pieces), default=0)
         if recipes is None:
             recipes = [self._codec.recipe(piece) for piece in pieces]
         placed: list[tuple[int, Piece, Recipe]] = []

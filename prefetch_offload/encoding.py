@@ -120,6 +120,10 @@ class Codec(Way):
         """It becomes no fewer bytes than that, whatever its values are. For refusing budgets early; they are not to be read."""
         return piece.nbytes
 
+    def workspace_nbytes(self, piece: Piece) -> int:
+        """Device bytes that encoding it takes meanwhile, at most. The budget keeps them free. None on the host."""
+        return 0
+
     def overflows(self, piece: Piece) -> int:
         """How many finite elements would arrive as infinities, or cut to the largest number. If any, it is refused."""
         return 0

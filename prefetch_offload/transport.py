@@ -133,6 +133,7 @@ class Transport:
         """Device bytes that encoded units need besides their own."""
         units = self._encoded.values()
         workspace = max((workspace_nbytes(u.table) for u in units if u.table is not None), default=0)
+        workspace += max((u.workspace_nbytes for u in units), default=0)  # the caller's stream packs while the other casts
         return self._staging_nbytes + workspace + sum(u.overhead_nbytes for u in units)
 
     @property

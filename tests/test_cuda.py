@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import assert_same
+from prefetch_offload_kernels import available
+from test_transport_codecs import fp8_rounded
 
 import prefetch_offload
 from prefetch_offload.config import Settings
@@ -51,6 +53,26 @@ def test_same_images_as_resident(name: str, dtype: torch.dtype, budget: Any) -> 
         assert offload.hazards == []
         assert offload.stats.d2h_nbytes == 0
         assert all(c.pinned for c in offload.stats.components)
+
+
+@pytest.mark.parametrize("way", ["packed", "fp8"])
+def test_encoded_weights_arrive_by_the_kernel(way: str) -> None:
+    """Lossless: as resident; fp8: as the same rounded weights resident."""
+    assert available("cuda")
+    case = CASES["flux"]
+    pipe = case.build(dtype=torch.bfloat16)
+    nbytes = sum(p.nbytes for m in pipe.components.values() if isinstance(m, torch.nn.Module) for p in m.parameters())
+    if way == "fp8":
+        fp8_rounded(pipe)
+    pipe = pipe.to("cuda")
+    truth = [np.asarray(case.call(pipe, seed=seed)) for seed in range(3)]
+    del pipe
+    pipe = case.build(dtype=torch.bfloat16)
+    settings = {"unit_min": 64 << 10, "unit_max": 512 << 10}
+    with prefetch_offload.enable(pipe, device="cuda", transport=way, verify=True, **settings) as offload:
+        assert_same([np.asarray(case.call(pipe, seed=seed)) for seed in range(3)], truth)
+        assert offload.hazards == [] and offload.stats.d2h_nbytes == 0
+        assert sum(c.link_nbytes for c in offload.stats.components) < 0.9 * nbytes
 
 
 def test_upcast_vae() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -78,3 +80,29 @@ def test_without_a_gpu_it_says_so(
     assert refused.value.exit_code == 2
     assert "there is none here. Run it where there is one" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_whole_run_writes_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything but the GPU: its name, its memory and its clock are made up, and units are a hundredth of the size."""
+    for name, value in (
+        ("is_available", True), ("get_device_name", "a GPU"), ("mem_get_info", (10_000 * kernels.MB, 0)), ("empty_cache", None)
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    measure = kernels.measure
+    monkeypatch.setattr(kernels, "available", lambda device: True)
+    monkeypatch.setattr(kernels, "measure_link", lambda: 10.0)
+    monkeypatch.setattr(kernels, "measure_copy", lambda nbytes, device, timer: 2000.0)
+    monkeypatch.setattr(
+        kernels, "measure", lambda case, nbytes, device, timer, link: measure(case, nbytes // 100, "cpu", once, link)
+    )
+    kernels.main(tmp_path / "out", largest=1024)
+    written = json.loads((tmp_path / "out" / "kernels.json").read_text())
+    with (tmp_path / "out" / "kernels.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    sizes = [size for size in kernels.SIZES_MB if size < 1024]  # of the largest, 16 times its size is not free
+    assert {row["case"] for row in rows} == set(kernels.CASES) and len(rows) == len(written["rows"])
+    assert len({(row["case"], row["target_nbytes"]) for row in rows}) == len(kernels.CASES) * len(sizes)
+    assert {row["equal"] for row in rows} == {"True"} and {row["of_copy"] for row in rows} != {""}
+    assert (written["gpu"], written["link_gbps"], written["copy_gbps"]) == ("a GPU", 10.0, 2000.0)
+    assert written["goals"] == {"of_copy": 0.85, "of_link, unpacking": 6.0}
+    assert written["skipped"] == [f"{case}, 1024 MB" for case in kernels.CASES]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import os
 import re
 from collections.abc import Sequence
@@ -35,6 +36,9 @@ def check(kinds: Sequence[int], capability: int) -> None:
     assert result.vectorised, result
     assert 16 <= result.registers <= 96, result  # 96: 20 of an SM's warps, what memory latency needs at least
     assert result.arch == f"sm_{capability}"
+    committed = {(row["kinds"], row["arch"]): row for row in compile_all.read_results(TABLE)}[result.kinds, result.arch]
+    if committed["triton"] == result.triton:  # another one has another ptxas
+        assert committed == {name: str(value) for name, value in dataclasses.asdict(result).items()}
 
 
 @pytest.mark.parametrize("kinds", FEW, ids=compile_all.name_of)
@@ -68,6 +72,24 @@ def test_escapes_are_stored_behind_a_barrier() -> None:
 def test_more_variants(capability: int) -> None:
     for kinds in VARIANTS[::5]:
         check(kinds, capability)
+
+
+@pytest.mark.slow
+def test_every_kind_rounds_as_pytorch_and_computes_addresses_in_64_bits() -> None:
+    """All of them in one kernel, for the oldest architecture."""
+    compiled = compile_all.compile_variant([k for k in range(codes.KINDS) if codes.exists(k)], 80)
+    ptx, ttir = compiled["ptx"], compiled["ttir"]
+    assert isinstance(ptx, str) and isinstance(ttir, str)
+    assert ".ftz" not in ptx and "e4m3" not in ptx and "e5m2" not in ptx and not re.search(r"\bfma|mad\.\w*\.?f32", ptx)
+    narrowing = set(re.findall(r"\bcvt\.[\w.]*?b?f16(?:x2)?\.f32", ptx))
+    assert narrowing == {f"cvt.rn.{to}.f32" for to in ("f16", "f16x2", "bf16", "bf16x2")}
+    assert set(re.findall(r"\bmul\.[\w.]*f32", ptx)) == {"mul.rn.f32"}
+    # What moves a whole block's pointer is 64 bits wide, or a number in the source; positions in one record of packed weights
+    # and in one block have 32.
+    constants = set(re.findall(r"(%\w+) = arith\.constant", ttir))
+    moved = re.findall(r"tt\.addptr ([%\w#]+), ([%\w#]+) : !tt\.ptr<\w+>, (i\d+)", ttir)
+    narrow = {base for base, offset, width in moved if width != "i64" and offset not in constants}
+    assert len(moved) > 100 and all(re.fullmatch(r"%stream(_\d+)?", base) for base in narrow)
 
 
 def test_accesses_are_read_off_the_sass() -> None:

@@ -4,6 +4,7 @@ upcast within a call."""
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -48,6 +49,44 @@ def test_checkpoints_of_16_bits_in_float32_travel_as_what_they_were(dtype: torch
 def test_weights_that_need_their_32_bits_travel_whole(sim: Any, enable: Any) -> None:
     offload = enable(build("flux", torch.float32), transport="packed", **UNITS)
     assert encoded_units(offload) == []
+
+
+def in_float16(pipe: Any, folder: Path, loaded: bool) -> Any:
+    """Of a pipeline in float32: cast, or stored as it is and loaded as float16."""
+    if not loaded:
+        return pipe.to(torch.float16)
+    for name in ("transformer", "text_encoder", "text_encoder_2", "vae"):
+        stored = getattr(pipe, name)
+        assert {p.dtype for p in stored.parameters()} == {torch.float32}
+        stored.save_pretrained(folder / name)
+        setattr(pipe, name, type(stored).from_pretrained(folder / name, torch_dtype=torch.float16))
+    return pipe
+
+
+@pytest.mark.parametrize("when", ["loaded so", "cast before enabling", "cast while enabled"])
+def test_a_float32_checkpoint_that_runs_in_float16_travels_as_float16(when: str, tmp_path: Path, sim: Any, enable: Any) -> None:
+    """By itself, without a transport."""
+    loaded = when == "loaded so"
+    truth = in_float16(build("flux", torch.float32), tmp_path, loaded).to(DEVICE)
+    expected = [draw("flux", truth, seed) for seed in range(2)]
+    del truth
+    pipe = build("flux", torch.float32)
+    nbytes = weight_nbytes(pipe)
+    if when != "cast while enabled":
+        in_float16(pipe, tmp_path, loaded)
+    offload = enable(pipe, **UNITS)
+    if when == "cast while enabled":
+        draw("flux", pipe)
+        pipe.to(torch.float16)
+    sent = offload.stats.h2d_nbytes
+    settle(sim)
+    sim.reset()
+    assert draw("flux", pipe) == expected[0]
+    moved = offload.stats.h2d_nbytes - sent
+    assert sim.counters()["h2d_pinned"] == moved, "out of pinned memory"
+    assert moved == weight_nbytes(pipe) <= 0.51 * nbytes, "half, but for what transformers keeps in float32 of T5"
+    assert draw("flux", pipe, 1) == expected[1]
+    assert offload.stats.d2h_nbytes == 0
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.0, 2.0**-140, 2.0**-24, 65504.0, 65536.0, 1 + 2.0**-12])

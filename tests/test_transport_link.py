@@ -1,4 +1,4 @@
-"""What encoded units put on the link and launch, and what they give where there is no Triton."""
+"""What encoded units put on the link and launch, what plans know of it, and what they give where there is no Triton."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from test_transport_codecs import UNITS, build, draw, encoded_units, fp8_rounded
 
 from prefetch_offload import transport
 from prefetch_offload.masters import SlabUnit
+from prefetch_offload.planning import workload_of
 from prefetch_offload.transport import Transport
 
 __all__ = ["small_chunks"]  # for every test here, too
@@ -70,6 +71,22 @@ def test_a_streamed_call_puts_the_payloads_on_the_link_and_launches_once_for_eac
     whole = sum(c.link_nbytes for c in stats.components)
     assert least <= whole <= 1.06 * least
     assert whole < (0.67 if way == "fp8" else 0.79) * nbytes
+
+
+def test_plans_are_made_of_what_travels_and_of_what_unpacking_took(sim: Any, enable: Any) -> None:
+    pipe = build("flux")
+    ways = {"default": "packed", "vae": "raw"}
+    offload = enable(pipe, transport=ways, budget=int(0.4 * weight_nbytes(pipe)), **UNITS)
+    for seed in range(3):
+        draw("flux", pipe, seed)
+    client = offload._session.client
+    workload = workload_of(offload._engine, client)
+    assert workload is not None and len(workload.components) == 4
+    for key, load in workload.components.items():
+        travelling = {u.key: u.source.nbytes for u in client.components[key].units if u.travels_encoded}
+        assert load.copy_nbytes == travelling and bool(travelling) == (not key.startswith("vae"))
+        assert all(load.link_nbytes(u) < load.nbytes[u] for u in travelling)
+        assert set(load.unpack_ms) == set(travelling) and all(ms > 0 for ms in load.unpack_ms.values())
 
 
 _WITHOUT_TRITON = """

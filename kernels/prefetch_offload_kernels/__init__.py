@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from .errors import FormatError, KernelWarning, TableError
 from .launch import available, cast_unit, prepare, unpack, workspace_nbytes
-from .packing import PackedHeader, Survey, pack_bf16, read_header, survey_bf16
+from .packing import PackedHeader, Survey, pack_bf16, packing_workspace_nbytes, read_header, survey_bf16
 from .reference import cast_unit_reference, unpack_reference
 from .table import PACKED_BF16, Descriptor, Table, build_table
 
@@ -26,6 +26,7 @@ __all__ = [
     "cast_unit",
     "cast_unit_reference",
     "pack_bf16",
+    "packing_workspace_nbytes",
     "prepare",
     "read_header",
     "survey_bf16",

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from . import codes
+from .launch import OPTIONS
 
 # Ampere (A100, consumer), Ada, Hopper, Blackwell (data centre, consumer).
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
@@ -86,7 +87,7 @@ def block_nbytes(kind: int) -> tuple[int, int]:
 
 
 def compile_variant(kinds: Sequence[int], capability: int) -> dict[str, bytes | str | int]:
-    """PTX, cubin and shared memory of one variant for one architecture.
+    """Triton's IR, PTX, cubin and shared memory of one variant for one architecture.
 
     Raises:
         RuntimeError: in a process where Triton interprets.
@@ -106,9 +107,9 @@ def compile_variant(kinds: Sequence[int], capability: int) -> dict[str, bytes | 
     compiled = triton.compile(
         ASTSource(unit_kernel, signature, constants, divisible),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": codes.WARPS, "enable_fp_fusion": False},
+        options=OPTIONS,
     )
-    return {"ptx": compiled.asm["ptx"], "cubin": compiled.asm["cubin"], "shared": compiled.metadata.shared}
+    return {**{name: compiled.asm[name] for name in ("ttir", "ptx", "cubin")}, "shared": compiled.metadata.shared}
 
 
 def disassemble(cubin: bytes) -> tuple[int, str]:

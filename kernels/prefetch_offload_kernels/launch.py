@@ -15,8 +15,8 @@ from .errors import KernelWarning, TableError
 from .packing import read_header
 from .table import Descriptor, Table, build_table
 
-# Fused multiply-add would be inexact; nothing here adds, but Triton 3.9 wants it said.
-_OPTIONS = {"num_warps": codes.WARPS, "enable_fp_fusion": False}
+# What the kernel is compiled with. Fused multiply-add would be inexact; nothing here adds, but Triton 3.9 wants it said.
+OPTIONS = {"num_warps": codes.WARPS, "enable_fp_fusion": False}
 
 
 def available(device: torch.device | str) -> bool:
@@ -89,7 +89,7 @@ def prepare(table: Table) -> None:
                 KINDS=table.kinds,
                 BLOCK=codes.BLOCK,
                 grid=(1,),
-                **_OPTIONS,
+                **OPTIONS,
             )
 
 
@@ -168,5 +168,5 @@ def _launch(table: Table, staging: torch.Tensor, target: torch.Tensor) -> None:
     on_device: Any = torch.cuda.device(table.device) if table.device.type == "cuda" else contextlib.nullcontext()
     with on_device:
         unit_kernel[(programs,)](
-            staging, target, table.rows, table.blocks, KINDS=table.kinds, BLOCK=codes.BLOCK, **_OPTIONS
+            staging, target, table.rows, table.blocks, KINDS=table.kinds, BLOCK=codes.BLOCK, **OPTIONS
         )

@@ -54,6 +54,8 @@ _HEADER = struct.Struct("<8sIIqqq24x")
 
 # Blocks packed at a time: half a million elements, whose intermediates stay in a core's cache.
 _CHUNK = 64
+# Of temporaries for each of them, on the device that packs: measured 12, and for allocators' rounding.
+_ELEMENT_NBYTES = 16
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,11 @@ def fixed_nbytes(elements: int) -> int:
     full, rest = divmod(elements, BLOCK)
     last = RECORD_HEADER_NBYTES + padded(rest) * 3 // 2 if rest else 0
     return HEADER_NBYTES + full * RECORD_NBYTES + last
+
+
+def packing_workspace_nbytes(elements: int) -> int:
+    """Bytes that packing a tensor of so many elements takes meanwhile where it is computed, at most."""
+    return _ELEMENT_NBYTES * min(elements, _CHUNK * BLOCK) + (64 << 10)
 
 
 def read_header(packed: torch.Tensor) -> PackedHeader:
