@@ -1,4 +1,4 @@
-"""`prefetch-offload bench`, and the benchmark suite's own parts: modes, comparison, pictures, the GPU suite's bookkeeping."""
+"""`prefetch-offload bench`, and the benchmark suite's own parts: modes, rows, comparison, tables, pictures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import typer
 from test_cli import call, ext, folder, is_error
 from typer.testing import CliRunner, Result
 
-from benchmarks import gpu_suite, modes, offload, watch
+from benchmarks import gpu_suite, modes, offload, tables, watch
 from benchmarks.__main__ import app
 from benchmarks.compare import compare
 from benchmarks.plots import draw, rows_of, timeline_of
@@ -192,8 +192,10 @@ def test_a_run_from_end_to_end(ext: Any, folder: Path, tmp_path: Path, monkeypat
     code, rows = measure(folder, tmp_path, *names, seconds=0)
     assert code == offload.EXIT_UNFINISHED
     assert {r.error for r in rows.values()} == {offload.LATE} and len(rows) == 8, "a row of what there was no time for"
-    code, rows = measure(folder, tmp_path, *names)
+    code, rows = measure(folder, tmp_path, *names, simulated_link=0.2)
     assert code == 0
+    assert {r.link_gbps for r in rows.values()} == {rows["stock", 2].link_gbps}
+    assert 0.15 < (rows["stock", 2].link_gbps or 0) <= 0.21, "the link that was asked for, measured"
     for (mode, steps), row in rows.items():
         assert row.simulated and row.gpu and row.host and row.versions and row.command and row.link_gbps
         assert (row.height, row.width, row.dtype) == (32, 32, "float32")
@@ -423,98 +425,43 @@ def test_pictures(tmp_path: Path) -> None:
     assert [p.name for p in made] == ["sdxl-none-memory.png", "sdxl-none-steps.png", "timeline-sdxl-ours.png"]
     assert all(p.stat().st_size > 10_000 and p.parent == one.parent for p in made)
     done = CliRunner().invoke(app, ["plot", str(one), str(two)])
-    assert done.exit_code == 0 and len(done.output.splitlines()) == 3
+    assert done.exit_code == 0 and len(done.output.splitlines()) == 4
+    assert CliRunner().invoke(app, ["table", str(one), str(two)]).output == (one.parent / "tables.md").read_text()
 
 
-# ---------------------------------------------------------------------------------------------------- the GPU suite
-def test_the_suite_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    marks = tmp_path / "marks"
+def test_a_table_says_all_that_a_row_has_and_which_goals_are_met(tmp_path: Path) -> None:
+    def row(mode: str, steps: int, seconds: float, **figures: Any) -> Row:
+        made = Row("sdxl", mode, "none", steps, figures.pop("simulated", False), gpu="a GPU", host="a host", equal=True)
+        made.took([seconds])
+        for name, value in {"peak_allocated": 8 << 30, "link_gbps": 50.0, "commit": "c" * 40, **figures}.items():
+            setattr(made, name, value)
+        return made
 
-    def script(name: str, code: str) -> gpu_suite.Part:
-        return gpu_suite.Part(name, 20, ("-c", f"open({str(marks)!r}, 'a').write({name!r} + ' '); {code}", "OUT"))
-
-    bad, unfinished = script("bad", "raise SystemExit(1)"), script("unfinished", "raise SystemExit(3)")
-    slow = gpu_suite.Part("slow", 2, ("-c", "import time; print('begun', flush=True); time.sleep(60)"))
-    good = script("good", "import sys; print(sys.argv[1])")
-    plots = gpu_suite.Part("plots", 20, script("plots", "").command, again=True)
-    monkeypatch.setattr(gpu_suite, "parts", lambda *_: [bad, plots, slow, unfinished, good])
-    monkeypatch.setattr(gpu_suite, "check", lambda device: None)
-    for _ in range(2):
-        with pytest.raises(typer.Exit) as ended:
-            gpu_suite.main(tmp_path, "cuda", 100)
-        assert ended.value.exit_code == 1
-    state = json.loads((tmp_path / "suite.json").read_text())
-    endings = {"bad": 1, "slow": "out of time", "unfinished": 3, "good": 0, "plots": 0}
-    assert {name: s["ended"] for name, s in state.items()} == endings
-    order = "bad unfinished good plots unfinished bad plots "
-    assert marks.read_text() == order, "what is done is not done again, what failed comes last, and then the pictures"
-    assert (tmp_path / "good" / "output.txt").read_text().strip() == str(tmp_path / "good")
-    assert (tmp_path / "slow" / "output.txt").read_text() == "begun\n" * 2, "what it wrote before its time was over"
-    assert str(tmp_path) not in state["good"]["command"], "a command that can be quoted"
-    gpu_suite.main(tmp_path, "cuda", 100, ["good"])
-    assert marks.read_text().endswith("good "), "asked for by name"
-
-
-def test_a_part_gets_what_is_left_or_is_left_for_the_next_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    long = gpu_suite.Part("long", 300, ("-c", "pass"))
-    cut = gpu_suite.Part("cut", 300, ("-c", "import sys; print(sys.argv[1])", "SECONDS"), least=40)
-    alone = gpu_suite.Part("alone", 10, ("-c", "pass"), by_hand=True)
-    monkeypatch.setattr(gpu_suite, "parts", lambda *_: [long, cut, alone])
-    monkeypatch.setattr(gpu_suite, "check", lambda device: None)
-    with pytest.raises(typer.Exit) as ended:
-        gpu_suite.main(tmp_path, "cuda", 60)
-    assert ended.value.exit_code == gpu_suite.UNFINISHED
-    assert "long: left for the next run" in capsys.readouterr().out
-    assert not (tmp_path / "long").exists() and not (tmp_path / "alone").exists()
-    assert 10 <= int((tmp_path / "cut" / "output.txt").read_text()) <= 60 - gpu_suite.MARGIN_S
-    gpu_suite.main(tmp_path, "cuda", 60, ["alone"])
-    assert (tmp_path / "alone").exists()
-
-
-def test_a_part_on_the_simulated_accelerator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = gpu_suite.offload("simgpu", "sdxl", 200, "sdxl-small", ("resident", "ours:stock"), (1,))
-    monkeypatch.setattr(gpu_suite, "parts", lambda *_: [made])
-    monkeypatch.chdir(Path(__file__).parents[1])
-    with pytest.raises(typer.Exit) as ended:
-        gpu_suite.main(tmp_path, "simgpu", 30, None)
-    assert ended.value.exit_code == gpu_suite.UNFINISHED, "nothing is begun that cannot get anywhere"
-    gpu_suite.main(tmp_path, "simgpu", 300, None)
-    rows = read(tmp_path / "offload" / "offload.csv")
-    assert [(r.mode, r.steps, r.equal) for r in rows] == [("resident", 1, True), ("ours:stock", 1, True)]
-    assert str(tmp_path) not in rows[0].command
-
-
-@pytest.mark.parametrize(
-    ("device", "model"), [("cuda", None), ("simgpu", None), ("cuda", "a/b"), ("simgpu", "sd3-small")]
-)
-def test_every_part_names_modes_that_exist(device: str, model: str | None) -> None:
-    found = gpu_suite.parts(device, model)
-    assert len({p.name for p in found}) == len(found)
-    for part in found:
-        assert part.seconds < 580, "a part that no run has time for"
-        assert (part.least or 0) <= part.seconds
-        named = [v for word, v in zip(part.command, part.command[1:], strict=False) if word == "--mode"]
-        for mode in named:
-            modes.check(mode)
-        assert not named or named[0] == "resident", "what the others are compared with"
-        for word in part.command:
-            if word.startswith("tests/"):
-                assert (Path(__file__).parents[1] / word).is_file()
-
-
-def test_three_runs_have_time_for_all_parts() -> None:
-    found = [p for p in gpu_suite.parts("cuda") if not p.by_hand]
-    assert found[0].name == "sdxl" and found[0].command[-8:] == tuple(
-        word for mode in (*gpu_suite.TELLING, "ours") for word in ("--mode", mode)
-    )
-    assert sum(p.seconds for p in found) <= 1700
-    page = (Path(__file__).parents[1] / "docs" / "benchmarks.md").read_text()
-    named = {
-        name: int(s) for names, s in re.findall(r"^\| ([\w, -]+) \| (\d+) \|", page, re.M) for name in names.split(", ")
-    }
-    bounds = {p.name: p.seconds for p in found}
-    assert named.pop("kernels") == named.pop("sanitizer") == bounds.pop("kernels") + bounds.pop("sanitizer")
-    assert named == bounds
-    assert all(p.name in page for p in gpu_suite.parts("cuda"))
+    rows = [row("resident", 30, 10.0), row("stock", 30, 21.0), row("resident", 4, 2.0), row("stock", 4, 8.0)]
+    ours = {"h2d_nbytes": 1 << 30, "d2h_nbytes": 0, "exposed_ms": 12.0, "copy_gbps": 49.5, "graphs": 1, "recompiles": 0}
+    rows += [row("ours:stock", 30, 10.4, **ours), row("ours:stock", 4, 3.0), row("cache-dit:stock", 4, 2.5)]
+    rows += [Row("sdxl", "flextensor:stock", "none", 4, False, gpu="a GPU", host="a host", error="NotHere: a | b")]
+    write(tmp_path, rows, [])
+    text = CliRunner().invoke(app, ["table", str(tmp_path / "offload.csv")]).output
+    lines = text.splitlines()
+    assert "a GPU, link 50.0 to 50.0 GB/s; ; commit cccccccccccc; host a host" in lines
+    cells = next(line for line in lines if line.startswith("| ours:stock | 30 |")).strip("| ").split(" | ")
+    assert dict(zip(tables.HEADINGS, cells, strict=True)).items() >= {
+        ("median s", "10.400"), ("x resident", "1.04"), ("x faster than stock", "2.02"), ("peak GiB", "8"),
+        ("in, back GiB", "1, 0"), ("exposed ms", "12.0"), ("GB/s", "49.5"), ("graphs, recompiles", "1, 0"), ("image", "equal"),
+    }  # fmt: skip
+    assert any(line.startswith("| flextensor:stock | 4 | NotHere: a / b |") for line in lines), "never dropped"
+    assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
+    assert [line for line in lines if line.startswith("- ")] == [
+        "- met: 30 steps at stock's memory, x resident: 1.04, the goal is at most 1.05",
+        "- met: 30 steps at stock's memory, x faster than stock: 2.02, the goal is at least 2",
+        "- **MISSED**: 4 steps at stock's memory, x resident: 1.50, the goal is at most 1.35",
+        "- **MISSED**: 4 steps at stock's memory, x faster than stock: 2.67, the goal is at least 5",
+        "- **MISSED**: 4 steps, ahead of every peer in stock (the best of 1: cache-dit:stock), x faster: 0.83, "
+        "the goal is at least 1",
+    ]
+    write(tmp_path, [row("resident", 4, 2.0, simulated=True), row("ours:stock", 4, 3.0, simulated=True)], [])
+    text = CliRunner().invoke(app, ["table", str(tmp_path / "offload.csv")]).output
+    assert "simulated" in text and "goal" not in text
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    assert CliRunner().invoke(app, ["table", str(tmp_path / "other.csv")]).exit_code == 2
