@@ -32,8 +32,22 @@ SIMULATED_GBPS = 0.1  # a small model's weights, back and forth, take about as l
 MARGIN_S = 30  # of a part's time: to start Python, and to end
 
 TELLING = ("resident", "stock", "ours:stock")
-PEERS = ("group leaf stream", "cache-dit", "flextensor", "diffusers-mm", "group block stream", "flextensor profiling")
-SLOW_PEERS = ("group leaf stream record", "group block stream record", "group leaf", "group block", "sequential")
+PEERS = (
+    "group leaf stream",
+    "cache-dit kept",
+    "flextensor",
+    "diffusers-mm",
+    "group block stream",
+    "flextensor profiling",
+)
+SLOW_PEERS = (
+    "group leaf stream record",
+    "group block stream record",
+    "group leaf",
+    "group block",
+    "sequential",
+    "cache-dit",
+)
 
 
 @dataclass(frozen=True)
@@ -69,15 +83,15 @@ def offload(
     compiled: str = "none",
     more: bool = False,
 ) -> Part:
-    """Modes of a model. At small size: one call of one round, and the time of a busy machine."""
+    """Modes of a model. At small size: two calls of one round, and the time of a busy machine."""
     small = device == "simgpu"
-    calls, rounds, seconds = (1, 1, 300) if small else (calls, rounds, seconds)
+    calls, rounds, seconds = (2, 1, 300) if small else (calls, rounds, seconds)
     command = ["-m", "benchmarks.offload", "--out", "DIR/offload", "--device", device, "--model", model]
     command += ["--compile", compiled, "--rounds", str(rounds), "--calls", str(calls), "--seconds", "SECONDS"]
     command += ["--simulated-link", str(SIMULATED_GBPS)] if small else []
     command += [word for n in steps for word in ("--steps", str(n))]
     command += [word for mode in modes for word in ("--mode", mode)]
-    least = min(seconds, 60 if small else 110 if "flux" in model else 70)
+    least = min(seconds, 45 if small else 110 if "flux" in model else 70)
     return Part(name, seconds, tuple(command), least=least, more=more and not small)
 
 
@@ -86,7 +100,7 @@ def parts(device: str, model: str | None = None) -> list[Part]:
     small = device == "simgpu"
     suffix = "-small" if small else ""
     sdxl, flux = f"sdxl{suffix}", f"flux{suffix}"
-    few = (4,)
+    few = (2,) if small else (4,)
     usual, long = (few, few) if small else ((30, 4), (28, 4))
     most = usual[:1]
     budgets = ("16MiB", "24MiB", "32MiB", "48MiB") if small else ("8GiB", "12GiB", "16GiB", "24GiB")
@@ -102,7 +116,7 @@ def parts(device: str, model: str | None = None) -> list[Part]:
     # Without a GPU there is nothing to see but that they are found and skipped.
     kernels = () if small else ("tests/test_kernels_cast.py", "tests/test_kernels_unpack.py")
     plots = Part(
-        "plots", 60 if small else 20, ("-m", "benchmarks", "plot", "DIR/offload/offload.csv"), least=20, again=True
+        "plots", 40 if small else 20, ("-m", "benchmarks", "plot", "DIR/offload/offload.csv"), least=20, again=True
     )
     if model is not None:
         return [
@@ -120,7 +134,7 @@ def parts(device: str, model: str | None = None) -> list[Part]:
         offload(device, "sdxl-peers", 150, sdxl, (*TELLING, *peers("stock")), most),
         offload(device, "flux-peers", 200, flux, ("resident", f"ours:{middle}", *peers(middle, PEERS[:4])), long[:1]),
         offload(device, "sdxl-whole", 130, sdxl, ("resident", "ours:stock"), most, compiled="whole"),
-        offload(device, "sdxl-steps", 80, sdxl, TELLING, (1, 8) if small else (1, 8, 50)),
+        offload(device, "sdxl-steps", 80, sdxl, TELLING, (1, 4) if small else (1, 8, 50)),
         # bfloat16 is what `packed` is for.
         offload(
             device,
@@ -143,7 +157,7 @@ def further(device: str) -> list[Part]:
     small = device == "simgpu"
 
     def part(name: str, model: str, modes: tuple[str, ...], steps: tuple[int, ...], **other: Any) -> Part:
-        shown, counted = (f"{model}-small", (4,)) if small else (model, steps)
+        shown, counted = (f"{model}-small", (2,)) if small else (model, steps)
         return offload(device, name, 300, shown, modes, counted, more=True, **other)
 
     def held(budget: str, names: tuple[str, ...] = PEERS) -> tuple[str, ...]:

@@ -5,15 +5,18 @@ python -m benchmarks table DIR/offload.csv [OTHER/offload.csv ...]
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from pathlib import Path
+
+from prefetch_offload.config import GIB, MIB
 
 from .rows import Row, read
 
 SCENE = ("model", "compile", "height", "width", "dtype", "gpu", "versions")  # what rows of one table have in common
 HEADINGS = (
-    "mode", "steps", "median s", "quartiles s", "x resident", "x faster than stock", "first s", "enable s", "peak GiB",
-    "reserved GiB", "driver GiB", "host, pinned GiB", "in, back GiB", "exposed ms", "GB/s", "graphs, recompiles", "image",
+    "mode", "steps", "median s", "quartiles s", "x resident", "x faster than stock", "first s", "enable s", "peak",
+    "reserved", "driver", "host, pinned", "in, back", "exposed ms", "GB/s", "graphs, recompiles", "image",
 )  # fmt: skip
 
 
@@ -33,16 +36,17 @@ def tables(rows: list[Row]) -> str:
         model, compiled, height, width, dtype, gpu, versions = scene
         simulated = " (simulated: seconds say nothing about any GPU)" if some[0].simulated else ""
         links = sorted({r.link_gbps for r in some if r.link_gbps})
-        link = f", link {links[0]:.1f} to {links[-1]:.1f} GB/s" if links else ""
+        link = f", link {links[0]:.3g} to {links[-1]:.3g} GB/s" if links else ""
         driver = "".join(f", driver {d}" for d in sorted({r.driver for r in some if r.driver}))
         commits = ", ".join(sorted({r.commit[:12] for r in some if r.commit})) or "unknown"
         about = (
             f"{gpu or 'not measured yet'}{simulated}{link}{driver}; {versions}; commit {commits}; host {some[0].host}"
         )
         lines = [f"## {model}, {width} x {height}, {dtype}, compiled: {compiled}", "", about, ""]
-        lines += [_line(HEADINGS), _line("---" for _ in HEADINGS)]
+        unit = "GiB" if any((r.peak_allocated or 0) >= GIB for r in some) else "MiB"
+        lines += [f"Sizes are in {unit}.", "", _line(HEADINGS), _line("---" for _ in HEADINGS)]
         ordered = sorted(some, key=lambda r: -r.steps)  # stable: modes stay in their order
-        lines += [_line(_cells(row, some)) for row in ordered]
+        lines += [_line(_cells(row, some, unit)) for row in ordered]
         found = goals(some)
         parts.append("\n".join([*lines, *(["", *found] if found else [])]))
     return "\n\n".join(parts) + "\n"
@@ -52,12 +56,13 @@ def _line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _cells(row: Row, beside: list[Row]) -> list[str]:
+def _cells(row: Row, beside: list[Row], unit: str) -> list[str]:
     if row.median_s is None:
         error = row.error.replace("|", "/") or "not measured yet"
         return [row.mode, str(row.steps), error, *[""] * (len(HEADINGS) - 3)]
     resident, stock = _seconds(beside, "resident", row.steps), _seconds(beside, "stock", row.steps)
-    both = f"{_gib(row.h2d_nbytes)}, {_gib(row.d2h_nbytes)}" if row.h2d_nbytes is not None else ""
+    size = functools.partial(_size, unit=unit)
+    both = f"{size(row.h2d_nbytes)}, {size(row.d2h_nbytes)}" if row.h2d_nbytes is not None else ""
     counted = f"{row.graphs}, {row.recompiles}" if row.graphs is not None else ""
     image = {None: "", True: "equal", False: "another"}[row.equal]
     return [
@@ -69,18 +74,18 @@ def _cells(row: Row, beside: list[Row]) -> list[str]:
         f"{stock / row.median_s:.2f}" if stock else "",
         "" if row.first_s is None else f"{row.first_s:.2f}",
         "" if row.enable_s is None else f"{row.enable_s:.2f}",
-        *(_gib(n) for n in (row.peak_allocated, row.peak_reserved, row.driver_nbytes)),
-        f"{_gib(row.rss_nbytes)}, {_gib(row.pinned_nbytes)}",
+        *(size(n) for n in (row.peak_allocated, row.peak_reserved, row.driver_nbytes)),
+        f"{size(row.rss_nbytes)}, {size(row.pinned_nbytes)}",
         both,
         "" if row.exposed_ms is None else f"{row.exposed_ms:.1f}",
-        "" if row.copy_gbps is None else f"{row.copy_gbps:.1f}",
+        "" if row.copy_gbps is None else f"{row.copy_gbps:.3g}",
         counted,
         f"{image}; {row.error}" if row.error else image,
     ]
 
 
-def _gib(nbytes: int | None) -> str:
-    return "" if nbytes is None else f"{nbytes / 2**30:.3g}"
+def _size(nbytes: int | None, unit: str) -> str:
+    return "" if nbytes is None else f"{nbytes / (GIB if unit == 'GiB' else MIB):.{2 if unit == 'GiB' else 1}f}"
 
 
 def _seconds(rows: list[Row], mode: str, steps: int) -> float | None:

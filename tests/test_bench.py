@@ -9,8 +9,9 @@ import re
 import sys
 import threading
 import time
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -154,6 +155,33 @@ def test_profiling_runs_are_warm_up_or_timed() -> None:
     assert [modes.warm_calls("flextensor:8GiB", steps) for steps in (30, 4, 1)] == [1, 3, 12]
     assert modes.warm_calls("flextensor profiling", 4) == 0
     assert modes.warm_calls("ours:stock", 4) == 2
+
+
+def test_how_much_cache_dit_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many of the largest component's layers as `KEPT` of the limit holds; none of the others. Copy streams on CUDA only."""
+    asked: list[dict[str, Any]] = []
+    for module in ("cache_dit", "cache_dit.offload"):
+        fake = ModuleType(module)
+        fake.__spec__ = ModuleSpec(module, None)
+        monkeypatch.setitem(sys.modules, module, fake)
+    monkeypatch.setattr(fake, "layerwise_cpu_offload", lambda pipe, **given: asked.append(given), raising=False)
+    pipe = CASES["sdxl"].build()
+    name, unet = modes.largest(pipe)
+    nbytes = sum(p.nbytes for p in unet.parameters())
+    layers = [m for m in unet.modules() if list(m.parameters(recurse=False))]
+    for limit, share in ((nbytes, modes.KEPT), (10 * nbytes, 1.0), (None, 0.5)):
+        asked.clear()
+        modes.place("cache-dit kept", pipe, torch.device("cuda"), limit)
+        others, largest = asked
+        assert largest["module_names"] == [name] and "persistent_buckets" not in others
+        assert largest["persistent_buckets"] == int(share * len(layers))
+        assert sorted([*others["module_names"], name]) == sorted(
+            n for n, m in pipe.components.items() if isinstance(m, torch.nn.Module)
+        )
+        assert others["async_transfer"] and largest["async_transfer"]
+    asked.clear()
+    modes.place("cache-dit:8GiB", pipe, torch.device("cpu"), 8 << 30)
+    assert not asked[0]["async_transfer"] and "persistent_buckets" not in asked[0]
 
 
 def test_the_peers_are_those_of_the_extra() -> None:
@@ -444,11 +472,13 @@ def test_a_table_says_all_that_a_row_has_and_which_goals_are_met(tmp_path: Path)
     write(tmp_path, rows, [])
     text = CliRunner().invoke(app, ["table", str(tmp_path / "offload.csv")]).output
     lines = text.splitlines()
-    assert "a GPU, link 50.0 to 50.0 GB/s; ; commit cccccccccccc; host a host" in lines
+    assert "Sizes are in GiB." in lines
+    assert "a GPU, link 50 to 50 GB/s; ; commit cccccccccccc; host a host" in lines
     cells = next(line for line in lines if line.startswith("| ours:stock | 30 |")).strip("| ").split(" | ")
     assert dict(zip(tables.HEADINGS, cells, strict=True)).items() >= {
-        ("median s", "10.400"), ("x resident", "1.04"), ("x faster than stock", "2.02"), ("peak GiB", "8"),
-        ("in, back GiB", "1, 0"), ("exposed ms", "12.0"), ("GB/s", "49.5"), ("graphs, recompiles", "1, 0"), ("image", "equal"),
+        ("median s", "10.400"), ("x resident", "1.04"), ("x faster than stock", "2.02"), ("peak", "8.00"),
+        ("in, back", "1.00, 0.00"), ("exposed ms", "12.0"), ("GB/s", "49.5"), ("graphs, recompiles", "1, 0"),
+        ("image", "equal"),
     }  # fmt: skip
     assert any(line.startswith("| flextensor:stock | 4 | NotHere: a / b |") for line in lines), "never dropped"
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
