@@ -25,6 +25,7 @@ def compare(
     ] = False,
 ) -> None:
     from .compare import compare as _compare
+    from .compare import links
 
     try:
         findings, n_rows = _compare(old, new, band, any_machine)
@@ -33,6 +34,8 @@ def compare(
         raise typer.Exit(2) from None
     for finding in findings:
         typer.echo(str(finding))
+    if links(old, new):
+        typer.echo(links(old, new))
     typer.echo(f"{n_rows} rows compared, {len(findings)} worse. {bands(band)}")
     if findings:
         raise typer.Exit(1)

@@ -392,6 +392,8 @@ def result_of(path: Path, **changes: Any) -> Path:
         ({"median_s": 10.6}, ["sdxl, ours, compile none, 30 steps: time 10.000 s -> 10.600 s (noise: 5.0%)"]),
         ({"median_s": 10.6, "q25_s": 9.0, "q75_s": 11.0}, []),
         ({"median_s": 9.0}, []),
+        ({"median_s": 12.0, "calls": 1, "times": [12.0]}, []),
+        ({"median_s": 13.0, "calls": 1, "times": [13.0]}, ["time 10.000 s -> 13.000 s (noise: 25.0%)"]),
         ({"peak_allocated": 9 << 30}, ["peak 8192.0 MiB -> 9216.0 MiB"]),
         ({"image": "abd", "equal": False}, ["its image is not the resident one's any more: abc -> abd"]),
         ({"error": "OutOfMemoryError: no"}, ["fails: ran -> OutOfMemoryError: no"]),
@@ -420,6 +422,13 @@ def test_a_row_that_is_gone(tmp_path: Path) -> None:
     findings, n_rows = compare(result_of(tmp_path / "old"), result_of(tmp_path / "new", mode="gone"))
     assert n_rows == 1
     assert [str(f) for f in findings] == ["sdxl, ours, compile none, 30 steps: is gone: ran -> no row (noise: 0.0%)"]
+
+
+def test_links_that_differ_are_told(tmp_path: Path) -> None:
+    old = result_of(tmp_path / "old", link_gbps=24.0)
+    for gbps, told in ((25.0, False), (12.0, True)):
+        done = CliRunner().invoke(app, ["compare", str(old), str(result_of(tmp_path / str(gbps), link_gbps=gbps))])
+        assert done.exit_code == 0 and ("The links differ, 24 and 12 GB/s" in done.output) is told
 
 
 @pytest.mark.parametrize("column", ["gpu", "host"])
