@@ -116,7 +116,7 @@ def parts(device: str, model: str | None = None) -> list[Part]:
     # Without a GPU there is nothing to see but that they are found and skipped.
     kernels = () if small else ("tests/test_kernels_cast.py", "tests/test_kernels_unpack.py")
     plots = Part(
-        "plots", 40 if small else 20, ("-m", "benchmarks", "plot", "DIR/offload/offload.csv"), least=20, again=True
+        "plots", 40 if small else 25, ("-m", "benchmarks", "plot", "DIR/offload/offload.csv"), least=20, again=True
     )
     if model is not None:
         return [
@@ -126,7 +126,7 @@ def parts(device: str, model: str | None = None) -> list[Part]:
             plots,
         ]
     found = [
-        offload(device, "sdxl", 260, sdxl, (*TELLING, "ours"), usual, calls=2, rounds=2),
+        offload(device, "sdxl", 250, sdxl, (*TELLING, "ours"), usual, calls=2, rounds=2),
         Part("tests", 150 if small else 80, (*tests, "tests/test_cuda.py", *kernels)),
         offload(device, "flux", 280, flux, ("resident", "stock", "ours", f"ours:{middle}"), long, calls=2),
         offload(device, "flux-budgets", 170, flux, ("resident", ours[0], ours[3], ours[1]), long[:1]),

@@ -459,11 +459,24 @@ def test_pictures(tmp_path: Path) -> None:
     assert timeline_of(two.parent / "trace-sdxl-ours.json") == timeline
     assert [r["mode"] for r in rows_of([one, two])] == ["resident", "ours", "ours:8GiB"]
     made = draw([one, two])
-    assert [p.name for p in made] == ["sdxl-none-memory.png", "sdxl-none-steps.png", "timeline-sdxl-ours.png"]
+    assert [p.name for p in made] == ["sdxl-none-memory-30.png", "timeline-sdxl-ours.png"], "of one step count"
     assert all(p.stat().st_size > 10_000 and p.parent == one.parent for p in made)
     done = CliRunner().invoke(app, ["plot", str(one), str(two)])
-    assert done.exit_code == 0 and len(done.output.splitlines()) == 4
+    assert done.exit_code == 0 and len(done.output.splitlines()) == 3
     assert CliRunner().invoke(app, ["table", str(one), str(two)]).output == (one.parent / "tables.md").read_text()
+
+
+def test_the_curve_of_memory_is_drawn_for_every_step_count(tmp_path: Path) -> None:
+    """Not for the largest alone, at which few modes may have been measured."""
+    rows = [Row("sdxl", mode, "none", 30, False) for mode in ("resident", "stock", "ours:8GiB", "ours:12GiB")]
+    rows += [Row("sdxl", mode, "none", 4, False) for mode in ("resident", "stock")]
+    rows += [Row("sdxl", "resident", "none", 50, False), Row("sdxl", "resident", "whole", 30, False)]
+    for number, row in enumerate(rows):
+        row.took([1.0 + number, 2.0 + number])
+        row.peak_allocated = (8 + number) << 30
+    write(tmp_path, rows, [])
+    made = draw([tmp_path / "offload.csv"])
+    assert [p.name for p in made] == ["sdxl-none-memory-4.png", "sdxl-none-memory-30.png", "sdxl-none-steps.png"]
 
 
 def test_a_table_says_all_that_a_row_has_and_which_goals_are_met(tmp_path: Path) -> None:
