@@ -190,13 +190,21 @@ def further(device: str) -> list[Part]:
     return [p for p in found if not small or p.name in ("sd3", "sdxl-slow-peers", "sdxl-transport")]
 
 
+def from_hub(words: list[str]) -> bool:
+    """Whether the command's model may have to be fetched: it is neither built in nor a folder."""
+    model = words[words.index("--model") + 1] if "--model" in words else ""
+    return "/" in model and not Path(model).is_dir()
+
+
 def run(part: Part, out: Path, limit_s: float) -> dict[str, object]:
     """Run one part, for `limit_s` at most. Returns what it was, how long it took, how it ended. Its output is in its folder."""
     folder = out / part.name
     folder.mkdir(parents=True, exist_ok=True)
     names = {"OUT": str(folder), "SECONDS": str(int(limit_s - MARGIN_S))}
     words = [names.get(w, str(out / w[4:]) if w.startswith("DIR/") else w) for w in part.command]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", **dict(part.environment)}
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **dict(part.environment)}
+    if not from_hub(words):
+        environment["HF_HUB_OFFLINE"] = "1"
     began = time.monotonic()
     with (folder / "output.txt").open("a") as output:
         try:

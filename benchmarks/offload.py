@@ -409,6 +409,9 @@ def _resumed(fresh: Row, table: dict[tuple[Any, ...], Row], about: dict[str, Any
 def _about(row: Row, about: dict[str, Any]) -> None:
     for name in ("gpu", "host", "link_gbps", "driver", "versions", "commit", "command"):
         setattr(row, name, about[name])
+    package = modes.package_of(modes.parts(row.mode)[0])
+    version = about["peers"][package] if package else None
+    row.peer = f"{package} {version}" if version else ""
 
 
 def _scene(row: Row) -> tuple[Any, ...]:

@@ -66,7 +66,7 @@ def _cells(row: Row, beside: list[Row], unit: str) -> list[str]:
     counted = f"{row.graphs}, {row.recompiles}" if row.graphs is not None else ""
     image = {None: "", True: "equal", False: "another"}[row.equal]
     return [
-        row.mode,
+        f"{row.mode} ({row.peer})" if row.peer else row.mode,
         str(row.steps),
         f"{row.median_s:.3f}",
         f"{row.q25_s:.3f} to {row.q75_s:.3f} ({row.calls} calls)",

@@ -217,6 +217,7 @@ def measure(folder: Path, out: Path, *mode: str, **changes: Any) -> tuple[int, d
 
 def test_a_run_from_end_to_end(ext: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("resident", "stock", "ours:stock", "cache-dit:stock")
+    monkeypatch.setattr(modes, "versions", lambda: {"cache-dit": "1.5.3", "flextensor": None, "diffusers-mm": None})
     code, rows = measure(folder, tmp_path, *names, seconds=0)
     assert code == offload.EXIT_UNFINISHED
     assert {r.error for r in rows.values()} == {offload.LATE} and len(rows) == 8, "a row of what there was no time for"
@@ -229,6 +230,7 @@ def test_a_run_from_end_to_end(ext: Any, folder: Path, tmp_path: Path, monkeypat
         assert (row.height, row.width, row.dtype) == (32, 32, "float32")
         if mode == "cache-dit:stock":
             assert row.error.startswith("NotHere") and row.budget == "stock"
+            assert row.peer == "cache-dit 1.5.3"
             continue
         assert row.error == "" and row.equal is True and row.calls == len(row.times) == 1
         assert (row.first_s is not None) == (steps == 2), "later step counts are no first calls"

@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import typer
@@ -158,6 +159,22 @@ def test_a_suite_that_is_killed_keeps_what_it_knows(tmp_path: Path, monkeypatch:
     clock.ran.clear()
     assert clock.suite(tmp_path) == 0
     assert clock.ran == [("two", 10)]
+
+
+def test_a_model_of_the_hub_may_be_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing else is: what is built in, a folder, and the tests are offline."""
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    seen: list[str | None] = []
+
+    def done(words: list[str], env: dict[str, str], **_: Any) -> SimpleNamespace:
+        seen.append(env.get("HF_HUB_OFFLINE"))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(gpu_suite.subprocess, "run", done)
+    for model in ("owner/name", "sdxl", str(tmp_path)):
+        gpu_suite.run(gpu_suite.offload("cuda", "model", 60, model, ("resident",), (4,)), tmp_path, 60)
+    gpu_suite.run(gpu_suite.Part("tests", 60, ("-m", "pytest")), tmp_path, 60)
+    assert seen == [None, "1", "1", "1"]
 
 
 def test_a_part_on_the_simulated_accelerator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
