@@ -57,7 +57,9 @@ def test_bench_is_a_table_a_file_and_a_curve(ext: Any, folder: Path, tmp_path: P
     assert "too small" in rows["prefetch_offload, 1KiB"]["error"]
     assert int(rows["prefetch_offload, 7MiB"]["peak_nbytes"]) <= 7 << 20
     assert float(rows["prefetch_offload, 7MiB"]["bound_s"]) > 0
-    assert {r["simulated"] for r in rows.values()} == {"True"}
+    assert {(r["simulated"], r["device"]) for r in rows.values()} == {("True", "simulated accelerator")}
+    assert {(r["model"], r["dtype"], r["calls"]) for r in rows.values()} == {(str(folder), "float32", "2")}
+    assert all(f"torch {torch.__version__}" in r["versions"] for r in rows.values())
     assert (tmp_path / "curve.png").stat().st_size > 10_000
     assert "simulated" in result.output
 
