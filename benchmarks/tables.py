@@ -98,17 +98,19 @@ def goals(rows: list[Row]) -> list[str]:
         return []
     found = []
 
-    def goal(what: str, value: float, limit: float, at_most: bool) -> None:
+    def goal(mode: str, what: str, value: float, limit: float, at_most: bool) -> None:
         met = value <= limit if at_most else value >= limit
         bound = "at most" if at_most else "at least"
-        found.append(f"- {'met' if met else '**MISSED**'}: {what}: {value:.2f}, the goal is {bound} {limit:g}")
+        text = f"{what}: {value:.2f}, the goal is {bound} {limit:g}"
+        traces = f"trace-{rows[0].model}-{mode}-{rows[0].compile}-*.json".replace(":", "-")
+        found.append(f"- met: {text}" if met else f"- **MISSED**: {text}; {traces} shows why")
 
     for steps, slower, faster in ((30, 1.05, 2.0), (4, 1.35, 5.0)) if rows[0].model == "sdxl" else ():
         ours, resident, stock = (_seconds(rows, m, steps) for m in ("ours:stock", "resident", "stock"))
         if ours and resident:
-            goal(f"{steps} steps at stock's memory, x resident", ours / resident, slower, True)
+            goal("ours:stock", f"{steps} steps at stock's memory, x resident", ours / resident, slower, True)
         if ours and stock:
-            goal(f"{steps} steps at stock's memory, x faster than stock", stock / ours, faster, False)
+            goal("ours:stock", f"{steps} steps at stock's memory, x faster than stock", stock / ours, faster, False)
     for steps in sorted({r.steps for r in rows}, reverse=True):
         for mine in rows:
             name, _, budget = mine.mode.partition(":")
@@ -122,5 +124,5 @@ def goals(rows: list[Row]) -> list[str]:
                 what = (
                     f"{steps} steps, ahead of every peer in {budget} (the best of {len(peers)}: {best.mode}), x faster"
                 )
-                goal(what, (best.median_s or 0.0) / mine.median_s, 1.0, False)
+                goal(mine.mode, what, (best.median_s or 0.0) / mine.median_s, 1.0, False)
     return found

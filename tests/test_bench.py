@@ -508,13 +508,14 @@ def test_a_table_says_all_that_a_row_has_and_which_goals_are_met(tmp_path: Path)
     }  # fmt: skip
     assert any(line.startswith("| flextensor:stock | 4 | NotHere: a / b |") for line in lines), "never dropped"
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
+    why = "; trace-sdxl-ours-stock-none-*.json shows why"
     assert [line for line in lines if line.startswith("- ")] == [
         "- met: 30 steps at stock's memory, x resident: 1.04, the goal is at most 1.05",
         "- met: 30 steps at stock's memory, x faster than stock: 2.02, the goal is at least 2",
-        "- **MISSED**: 4 steps at stock's memory, x resident: 1.50, the goal is at most 1.35",
-        "- **MISSED**: 4 steps at stock's memory, x faster than stock: 2.67, the goal is at least 5",
+        "- **MISSED**: 4 steps at stock's memory, x resident: 1.50, the goal is at most 1.35" + why,
+        "- **MISSED**: 4 steps at stock's memory, x faster than stock: 2.67, the goal is at least 5" + why,
         "- **MISSED**: 4 steps, ahead of every peer in stock (the best of 1: cache-dit:stock), x faster: 0.83, "
-        "the goal is at least 1",
+        "the goal is at least 1" + why,
     ]
     write(tmp_path, [row("resident", 4, 2.0, simulated=True), row("ours:stock", 4, 3.0, simulated=True)], [])
     text = CliRunner().invoke(app, ["table", str(tmp_path / "offload.csv")]).output
