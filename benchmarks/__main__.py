@@ -1,4 +1,4 @@
-"""`python -m benchmarks compare | plot`; `python -m benchmarks.offload` and `benchmarks.gpu_suite` make what these read."""
+"""`python -m benchmarks compare | table | plot`: readers of what `benchmarks.offload` and `benchmarks.gpu_suite` write."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ def compare(
     ] = False,
 ) -> None:
     from .compare import compare as _compare
+    from .compare import links
 
     try:
         findings, n_rows = _compare(old, new, band, any_machine)
@@ -33,19 +34,38 @@ def compare(
         raise typer.Exit(2) from None
     for finding in findings:
         typer.echo(str(finding))
+    if links(old, new):
+        typer.echo(links(old, new))
     typer.echo(f"{n_rows} rows compared, {len(findings)} worse. {bands(band)}")
     if findings:
         raise typer.Exit(1)
 
 
 @app.command()
+def table(
+    results: Annotated[list[Path], typer.Argument(help="One or several offload.csv.")],
+) -> None:
+    """Print the results as Markdown, with the goals that they meet or miss."""
+    from .tables import rows_of, tables
+
+    try:
+        typer.echo(tables(rows_of(results)), nl=False)
+    except (OSError, ValueError) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from None
+
+
+@app.command()
 def plot(
     results: Annotated[list[Path], typer.Argument(help="One or several offload.csv: all of them in one picture.")],
 ) -> None:
-    """Draw latency over memory, latency over steps, and timelines from the traces, beside the first file."""
+    """Draw latency over memory, latency over steps, and timelines from the traces, beside the first file; and tables.md."""
     from .plots import draw
+    from .tables import rows_of, tables
 
-    for path in draw(results):
+    written = results[0].parent / "tables.md"
+    written.write_text(tables(rows_of(results)))  # first: it needs no matplotlib
+    for path in (written, *draw(results)):
         typer.echo(str(path))
 
 

@@ -6,13 +6,16 @@ python -m benchmarks compare OLD.csv NEW.csv [--band 0.05] [--any-machine]
 from __future__ import annotations
 
 import csv
+import math
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
 from .rows import KEY
 
 MACHINE = ("gpu", "host")
-WIDEST = 0.25  # the band of a time whatever the runs' own spread, and that of a first call, which there is one of
+WIDEST = 0.25  # the band of a time whatever the runs' own spread, and of what was measured once, such as a first call
+LINK_BAND = 0.1  # how far the link of two runs may differ before that is said
 MEMORY_BAND = 0.01  # of the allocator's peak, which is the same in every run but for caches of libraries
 RESERVED_BAND = 0.05  # of what it took from the driver, in blocks
 COPIED_SLACK = 1 << 20  # bytes written back: none is what is expected, and a ratio says nothing about none
@@ -36,7 +39,8 @@ def bands(band: float) -> str:
     """What is taken for noise, in words."""
     return (
         f"Noise: {band:.1%} of a time, or three times the runs' own spread if that is more, up to {max(band, WIDEST):.0%}; "
-        f"{max(band, WIDEST):.0%} of a first call; {MEMORY_BAND:.0%} of a peak and {RESERVED_BAND:.0%} of what is reserved; "
+        f"{max(band, WIDEST):.0%} of a first call, and of a time that is of one call; "
+        f"{MEMORY_BAND:.0%} of a peak and {RESERVED_BAND:.0%} of what is reserved; "
         f"{COPIED_SLACK >> 20} MiB written back; no recompile, no row."
     )
 
@@ -53,7 +57,9 @@ def read(path: Path) -> dict[tuple[str, ...], dict[str, str]]:
 
 
 def noise(row: dict[str, str]) -> float:
-    """Half of the spread between the quartiles, relative to the median."""
+    """Half of the spread between the quartiles, relative to the median; infinite where one call has none."""
+    if row.get("calls") == "1":
+        return math.inf
     median, q25, q75 = (float(row.get(k) or 0) for k in ("median_s", "q25_s", "q75_s"))
     return (q75 - q25) / 2 / median if median > 0 else 0.0
 
@@ -85,6 +91,18 @@ def compare(old: Path, new: Path, band: float = 0.05, any_machine: bool = False)
         elif key in after:
             found += _worse(name, was, after[key], band)
     return found, len(common)
+
+
+def links(old: Path, new: Path) -> str:
+    """What to know of the links that the two were measured over: nothing, or that they differ."""
+    told = []
+    for path in (old, new):
+        figures = [float(row["link_gbps"]) for row in read(path).values() if row.get("link_gbps")]
+        told.append(statistics.median(figures) if figures else None)
+    was, now = told
+    if not was or not now or abs(now / was - 1) <= LINK_BAND:
+        return ""
+    return f"The links differ, {was:.3g} and {now:.3g} GB/s: times of all but resident depend on that."
 
 
 def _worse(name: str, was: dict[str, str], now: dict[str, str], band: float) -> list[Finding]:

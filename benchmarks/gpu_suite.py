@@ -1,14 +1,15 @@
 """Everything that needs a GPU, in one command that leaves a folder of results.
 
     python -m benchmarks.gpu_suite --out DIR                 # what fits ten minutes, the most telling first; again: the rest
-    python -m benchmarks.gpu_suite --out DIR --part flux     # only that part, also those that are run by hand alone
+    python -m benchmarks.gpu_suite --out DIR --part flux     # only that part, even if it is done
     python -m benchmarks.gpu_suite --out DIR --model FOLDER  # modes, compiled and peers, of another model
     python -m benchmarks.gpu_suite --out DIR --device simgpu # the same at small size on the simulated accelerator
 
 Parts that DIR/suite.json has as done are left out, so that calling it again goes on; parts that failed or were killed come last
 then. Each part is a process of its own that is given no more time than is left. All rows of `benchmarks.offload` are in
 DIR/offload, so that a part that was stopped keeps its rows, and none measures what another one has. The bounds of all parts
-come to less than three runs of ten minutes.
+come to no more than three runs of ten minutes, but for those that have `more` of the same: they take what time is left behind
+the others, and go on in further runs. Tables and pictures are made at the end of every run, from what there is by then.
 """
 
 from __future__ import annotations
@@ -21,16 +22,32 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+OUT_OF_TIME = "out of time"
 UNFINISHED = 3  # the exit code of a part that goes on when it is called again
+SIMULATED_GBPS = 0.1  # a small model's weights, back and forth, take about as long as a few of its steps
 MARGIN_S = 30  # of a part's time: to start Python, and to end
 
 TELLING = ("resident", "stock", "ours:stock")
-PEERS = ("group leaf stream", "cache-dit", "flextensor", "diffusers-mm", "group block stream", "flextensor profiling")
-SLOW_PEERS = ("group leaf stream record", "group block stream record", "group leaf", "group block", "sequential")
+PEERS = (
+    "group leaf stream",
+    "cache-dit kept",
+    "flextensor",
+    "diffusers-mm",
+    "group block stream",
+    "flextensor profiling",
+)
+SLOW_PEERS = (
+    "group leaf stream record",
+    "group block stream record",
+    "group leaf",
+    "group block",
+    "sequential",
+    "cache-dit",
+)
 
 
 @dataclass(frozen=True)
@@ -41,8 +58,8 @@ class Part:
         seconds: at most; less where less is left.
         command: `DIR` stands for the suite's folder, `OUT` for the part's own, `SECONDS` for the time it may use.
         least: not begun with less than this: what a part that keeps what it has needs to get anywhere; None: all of `seconds`.
-        by_hand: run only when it is asked for.
-        again: also when it is done: what it reads has changed.
+        more: of what other parts have the most telling of: comes behind them, and nobody has to run the suite again for it.
+        again: also when it is done: what it reads has changed. The others leave its time to it.
     """
 
     name: str
@@ -50,7 +67,7 @@ class Part:
     command: tuple[str, ...]
     environment: tuple[tuple[str, str], ...] = ()
     least: int | None = None
-    by_hand: bool = False
+    more: bool = False
     again: bool = False
 
 
@@ -64,25 +81,26 @@ def offload(
     calls: int = 1,
     rounds: int = 1,
     compiled: str = "none",
-    by_hand: bool = False,
+    more: bool = False,
 ) -> Part:
-    """Modes of a model. At small size: one call of one round, and the time of a busy machine."""
+    """Modes of a model. At small size: two calls of one round, and the time of a busy machine."""
     small = device == "simgpu"
-    calls, rounds, seconds = (1, 1, 300) if small else (calls, rounds, seconds)
+    calls, rounds, seconds = (2, 1, 300) if small else (calls, rounds, seconds)
     command = ["-m", "benchmarks.offload", "--out", "DIR/offload", "--device", device, "--model", model]
     command += ["--compile", compiled, "--rounds", str(rounds), "--calls", str(calls), "--seconds", "SECONDS"]
+    command += ["--simulated-link", str(SIMULATED_GBPS)] if small else []
     command += [word for n in steps for word in ("--steps", str(n))]
     command += [word for mode in modes for word in ("--mode", mode)]
-    least = min(seconds, 60 if small else 110 if "flux" in model else 70)
-    return Part(name, seconds, tuple(command), least=least, by_hand=by_hand and not small)
+    least = min(seconds, 45 if small else 110 if "flux" in model else 70)
+    return Part(name, seconds, tuple(command), least=least, more=more and not small)
 
 
 def parts(device: str, model: str | None = None) -> list[Part]:
     """In order of what they tell. Bounds are by what an H200 is expected to need."""
     small = device == "simgpu"
     suffix = "-small" if small else ""
-    sdxl, flux, sd3 = (f"{m}{suffix}" for m in ("sdxl", "flux", "sd3"))
-    few = (4,)
+    sdxl, flux = f"sdxl{suffix}", f"flux{suffix}"
+    few = (2,) if small else (4,)
     usual, long = (few, few) if small else ((30, 4), (28, 4))
     most = usual[:1]
     budgets = ("16MiB", "24MiB", "32MiB", "48MiB") if small else ("8GiB", "12GiB", "16GiB", "24GiB")
@@ -95,9 +113,10 @@ def parts(device: str, model: str | None = None) -> list[Part]:
         )  # no memory to take away on the simulated one
 
     tests = ("-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider")
-    kernels = ("tests/test_kernels_cast.py", "tests/test_kernels_unpack.py")
+    # Without a GPU there is nothing to see but that they are found and skipped.
+    kernels = () if small else ("tests/test_kernels_cast.py", "tests/test_kernels_unpack.py")
     plots = Part(
-        "plots", 60 if small else 20, ("-m", "benchmarks", "plot", "DIR/offload/offload.csv"), least=20, again=True
+        "plots", 40 if small else 25, ("-m", "benchmarks", "plot", "DIR/offload/offload.csv"), least=20, again=True
     )
     if model is not None:
         return [
@@ -107,7 +126,7 @@ def parts(device: str, model: str | None = None) -> list[Part]:
             plots,
         ]
     found = [
-        offload(device, "sdxl", 260, sdxl, (*TELLING, "ours"), usual, calls=2, rounds=2),
+        offload(device, "sdxl", 250, sdxl, (*TELLING, "ours"), usual, calls=2, rounds=2),
         Part("tests", 150 if small else 80, (*tests, "tests/test_cuda.py", *kernels)),
         offload(device, "flux", 280, flux, ("resident", "stock", "ours", f"ours:{middle}"), long, calls=2),
         offload(device, "flux-budgets", 170, flux, ("resident", ours[0], ours[3], ours[1]), long[:1]),
@@ -115,7 +134,7 @@ def parts(device: str, model: str | None = None) -> list[Part]:
         offload(device, "sdxl-peers", 150, sdxl, (*TELLING, *peers("stock")), most),
         offload(device, "flux-peers", 200, flux, ("resident", f"ours:{middle}", *peers(middle, PEERS[:4])), long[:1]),
         offload(device, "sdxl-whole", 130, sdxl, ("resident", "ours:stock"), most, compiled="whole"),
-        offload(device, "sdxl-steps", 80, sdxl, TELLING, (1, 8) if small else (1, 8, 50)),
+        offload(device, "sdxl-steps", 80, sdxl, TELLING, (1, 4) if small else (1, 8, 50)),
         # bfloat16 is what `packed` is for.
         offload(
             device,
@@ -127,38 +146,66 @@ def parts(device: str, model: str | None = None) -> list[Part]:
         ),
         Part("kernels", 60, ("-m", "benchmarks.kernels", "--out", "OUT", "--seconds", "SECONDS")),
         Part("sanitizer", 40, (*tests, "tests/test_cuda.py", "-k", "sanitizer"), (("TORCH_CUDA_SANITIZER", "1"),)),
-        # By hand on a GPU: more of the same than three runs have room for.
-        offload(
-            device, "sdxl-transport", 300, sdxl, (*TELLING, "ours:stock:packed", "ours:stock:fp8"), usual, by_hand=True
-        ),
-        offload(device, "sdxl-slow-peers", 500, sdxl, (*TELLING, *peers("stock", SLOW_PEERS)), few, by_hand=True),
-        offload(device, "sd3", 500, sd3, (*TELLING, "ours"), usual, calls=2, by_hand=True),
-        *(
-            offload(
-                device,
-                f"flux-peers-{b}",
-                560,
-                flux,
-                ("resident", f"ours:{b}", *peers(b, PEERS[:4])),
-                long[:1],
-                by_hand=True,
-            )
-            for b in budgets
-            if b != middle and not small
-        ),
+        *further(device),
         plots,
     ]
     return [p for p in found if not small or p.name not in ("kernels", "sanitizer")]
 
 
+def further(device: str) -> list[Part]:
+    """What three runs on a GPU have no room for, the most telling first. At small size only what shows another thing."""
+    small = device == "simgpu"
+
+    def part(name: str, model: str, modes: tuple[str, ...], steps: tuple[int, ...], **other: Any) -> Part:
+        shown, counted = (f"{model}-small", (2,)) if small else (model, steps)
+        return offload(device, name, 300, shown, modes, counted, more=True, **other)
+
+    def held(budget: str, names: tuple[str, ...] = PEERS) -> tuple[str, ...]:
+        return names if small else tuple(f"{name}:{budget}" for name in names)
+
+    def flux_peers(budget: str) -> Part:
+        modes = ("resident", f"ours:{budget}", *held(budget, PEERS[:4]))
+        return part(f"flux-peers-{budget}", "flux", modes, (28,))
+
+    stock_peers = (*TELLING, *held("stock"))
+    transports = ("ours:stock:packed", "ours:stock:fp8")
+    found = [
+        # Decoding 1024 x 1024 in float32 takes 3 GiB of activations by estimate, twice what figures.py has for 16 bits.
+        part("sdxl-budgets", "sdxl", ("resident", "ours:5GiB", "ours:6GiB", "ours:8GiB"), (30, 4)),
+        flux_peers("12GiB"),
+        flux_peers("8GiB"),
+        flux_peers("24GiB"),
+        part("flux-few", "flux", ("resident", "ours:8GiB", "ours:24GiB", "ours:12GiB"), (4,)),
+        part("sd3", "sd3", (*TELLING, "ours"), (28, 4), calls=2),
+        part("sdxl-peers-few", "sdxl", stock_peers, (4,)),
+        part("sdxl-slow-peers", "sdxl", (*TELLING, *held("stock", SLOW_PEERS)), (4,)),
+        part("sdxl-transport", "sdxl", (*TELLING, *transports), (30, 4)),
+        part("sdxl-compiled-steps", "sdxl", TELLING, (1, 8, 50), compiled="regional"),
+        part("sdxl-whole-steps", "sdxl", ("resident", "stock", "ours:stock"), (4, 30, 1, 8, 50), compiled="whole"),
+        part("sdxl-compiled-peers", "sdxl", stock_peers, (30,), compiled="regional"),
+        part("flux-compiled", "flux", ("resident", "stock", "ours", "ours:16GiB"), (28,), compiled="regional"),
+        # Another round for rows that have one: the turns that tell drift from a difference.
+        part("flux-again", "flux", ("resident", "stock", "ours", "ours:16GiB"), (28, 4), calls=2, rounds=2),
+        part("sdxl-peers-again", "sdxl", stock_peers, (30,), rounds=2),
+    ]
+    return [p for p in found if not small or p.name in ("sd3", "sdxl-slow-peers", "sdxl-transport")]
+
+
+def from_hub(words: list[str]) -> bool:
+    """Whether the command's model may have to be fetched: it is neither built in nor a folder."""
+    model = words[words.index("--model") + 1] if "--model" in words else ""
+    return "/" in model and not Path(model).is_dir()
+
+
 def run(part: Part, out: Path, limit_s: float) -> dict[str, object]:
-    """Run one part. Returns what it was, how long it took and how it ended; its output is in the part's folder."""
+    """Run one part, for `limit_s` at most. Returns what it was, how long it took, how it ended. Its output is in its folder."""
     folder = out / part.name
     folder.mkdir(parents=True, exist_ok=True)
-    limit_s = min(part.seconds, limit_s)
     names = {"OUT": str(folder), "SECONDS": str(int(limit_s - MARGIN_S))}
     words = [names.get(w, str(out / w[4:]) if w.startswith("DIR/") else w) for w in part.command]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", **dict(part.environment)}
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **dict(part.environment)}
+    if not from_hub(words):
+        environment["HF_HUB_OFFLINE"] = "1"
     began = time.monotonic()
     with (folder / "output.txt").open("a") as output:
         try:
@@ -172,7 +219,7 @@ def run(part: Part, out: Path, limit_s: float) -> dict[str, object]:
             )
             ended: object = done.returncode
         except subprocess.TimeoutExpired:
-            ended = "out of time"
+            ended = OUT_OF_TIME
     command = shlex.join(["python", *(w.replace(str(out), "DIR") for w in words)])
     return {"command": command, "seconds": round(time.monotonic() - began, 1), "ended": ended}
 
@@ -197,17 +244,16 @@ def main(
     seconds: Annotated[
         float, typer.Option(help="take no longer: a part gets what is left, or is left for the next run")
     ] = 580,
-    part: Annotated[
-        list[str] | None, typer.Option(help="only these parts, also if they are done or run by hand")
-    ] = None,
+    part: Annotated[list[str] | None, typer.Option(help="only these parts, also if they are done")] = None,
     model: Annotated[
         str | None, typer.Option(help="a folder or hub id, or a built-in model, in place of all parts")
     ] = None,
 ) -> None:
-    """Exit code 1: a part failed; 3: none did, but some are left for the next run; 2: it could not begin."""
+    """Exit code 1: a part failed; 3: none did, but some are left for the next run; 2: it could not begin. Parts that are more
+    of the same change no exit code when they are left: a line says so."""
     began = time.monotonic()
     known = parts(device, model)
-    wanted = [p for p in known if (not p.by_hand if part is None else p.name in part)]
+    wanted = [p for p in known if part is None or p.name in part]
     if part is not None and len(wanted) < len(set(part)):
         raise typer.BadParameter(f"--part: {', '.join(p.name for p in known)}")
     check(device)
@@ -218,24 +264,36 @@ def main(
     def ended(one: Part) -> object:
         return state.get(one.name, {}).get("ended")
 
-    wanted.sort(key=lambda p: 2 if p.again else ended(p) not in (None, 0, UNFINISHED))
-    failed = left_over = False
-    for one in wanted:
+    def save() -> None:
+        whole = out / ".suite.json"
+        whole.write_text(json.dumps(state, indent=1))
+        os.replace(whole, state_file)  # who is killed meanwhile leaves the one before
+
+    wanted.sort(key=lambda p: (p.again, p.more, ended(p) not in (None, 0, UNFINISHED)))
+    failed = left_over = more_left = False
+    for number, one in enumerate(wanted):
         if part is None and ended(one) == 0 and not one.again:
             continue
         left = seconds - (time.monotonic() - began)
+        left -= sum(p.seconds for p in wanted[number + 1 :] if p.again)
         if left < (one.seconds if one.least is None else one.least):
             print(f"{one.name}: left for the next run", flush=True)
-            left_over = True
+            more_left |= one.more
+            left_over |= not one.more
             continue
+        # What had too little time, and cannot go on where it stopped, needs more than it had.
+        bound = one.seconds * 2 if ended(one) == OUT_OF_TIME else one.seconds
         state[one.name] = {"ended": "killed"}  # what stays if the suite is
-        state_file.write_text(json.dumps(state, indent=1))
-        state[one.name] = run(one, out, left)
-        state_file.write_text(json.dumps(state, indent=1))
-        left_over |= ended(one) == UNFINISHED
+        save()
+        state[one.name] = run(one, out, min(bound, left))
+        save()
+        more_left |= one.more and ended(one) == UNFINISHED
+        left_over |= not one.more and ended(one) == UNFINISHED
         failed |= ended(one) not in (0, UNFINISHED)
         how = {0: "done", UNFINISHED: "goes on in the next run"}.get(ended(one), f"failed ({ended(one)})")  # type: ignore[call-overload]
         print(f"{one.name}: {how} after {state[one.name]['seconds']} s", flush=True)
+    if more_left and not left_over:
+        print("all that was to be shown is there; called again, the suite adds more of the same", flush=True)
     if failed or left_over:
         raise typer.Exit(1 if failed else UNFINISHED)
 

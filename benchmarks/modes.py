@@ -27,6 +27,11 @@ from prefetch_offload.config import parse_budget
 Place = Callable[[DiffusionPipeline, torch.device, "int | None"], Any]
 PROFILING = 12  # passes after which FlexTensor 0.5.0 goes by its plan: one of discovery, ten of profiling, one more
 
+# cache-dit keeps a number of layers on the device, not of bytes. So much of the limit; the rest is for activations and for what
+# passes through.
+KEPT = 0.6
+BINS = 8
+
 # What each peer is called on the package index, and what is imported.
 PEERS = {"cache-dit": "cache_dit", "flextensor": "flextensor", "diffusers-mm": "diffusers_mm"}
 
@@ -64,12 +69,25 @@ def _group(level: str, stream: bool = False, record: bool = False) -> Place:
     return place
 
 
-def _cache_dit(pipe: DiffusionPipeline, device: torch.device, limit: int | None) -> None:
-    """Every component of the pipeline, copies on streams of its own."""
+def _cache_dit(pipe: DiffusionPipeline, device: torch.device, limit: int | None, **more: Any) -> None:
+    """Every component of the pipeline, copies on streams of its own, which are for CUDA only."""
     offload = importlib.import_module("cache_dit.offload")
+    streams = device.type == "cuda"
     offload.layerwise_cpu_offload(
-        pipe, onload_device=device, async_transfer=True, transfer_buckets=2, prefetch_limit=True
+        pipe, onload_device=device, async_transfer=streams, transfer_buckets=2, prefetch_limit=streams, **more
     )
+
+
+def _cache_dit_kept(pipe: DiffusionPipeline, device: torch.device, limit: int | None) -> None:
+    """The same, and of the largest component as many layers stay on the device, evenly spread, as take `KEPT` of the limit."""
+    name, model = largest(pipe)
+    nbytes = sum(p.nbytes for p in model.parameters())
+    share = 0.5 if limit is None else min(1.0, KEPT * limit / nbytes)
+    layers = sum(any(True for _ in m.parameters(recurse=False)) for m in model.modules())
+    others = [n for n, m in pipe.components.items() if isinstance(m, nn.Module) and n != name]
+    _cache_dit(pipe, device, limit, module_names=others)
+    kept = {"persistent_buckets": int(share * layers), "persistent_bins": BINS}
+    _cache_dit(pipe, device, limit, module_names=[name], **kept)
 
 
 def _flextensor(pipe: DiffusionPipeline, device: torch.device, limit: int | None) -> None:
@@ -98,6 +116,7 @@ MODES: dict[str, Place] = {
     "group block stream": _group("block_level", stream=True),
     "group block stream record": _group("block_level", stream=True, record=True),
     "cache-dit": _cache_dit,
+    "cache-dit kept": _cache_dit_kept,
     "flextensor": _flextensor,
     "flextensor profiling": _flextensor,
     "diffusers-mm": _diffusers_mm,

@@ -10,12 +10,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from prefetch_offload.commands import picture
+from prefetch_offload.commands import curve, picture
 from prefetch_offload.trace import TRACKS, Level, Span, Timeline
 
 from .rows import KEY
 
-GIB = 1 << 30
 SCENE = ("model", "compile", "height", "width", "dtype", "gpu")  # what rows of one picture have in common
 
 
@@ -37,7 +36,8 @@ def colour_of(mode: str) -> str:
 
 
 def draw(paths: list[Path]) -> list[Path]:
-    """Both pictures for each model, size, dtype, GPU and thing compiled, and a timeline for each trace that lies beside a file.
+    """For each model, size, dtype, GPU and thing compiled: latency over memory, of each step count that several modes have;
+    latency over steps, where there are several; and a timeline for each trace that lies beside a file.
 
     Everything is written beside the first file. Returns the paths.
 
@@ -46,6 +46,7 @@ def draw(paths: list[Path]) -> list[Path]:
     """
     plt = picture.require()
     made: list[Path] = []
+    names: set[str] = set()
     rows = rows_of(paths)
     for scene in sorted({tuple(r[k] for k in SCENE) for r in rows}):
         chosen = [r for r in rows if tuple(r[k] for k in SCENE) == scene]
@@ -53,18 +54,20 @@ def draw(paths: list[Path]) -> list[Path]:
         simulated = " (simulated)" if any(r["simulated"] == "True" for r in chosen) else ""
         steps = sorted({int(r["steps"]) for r in chosen})
         name = f"{model}-{compiled}".replace("/", "-")
-        if any(p.name == f"{name}-steps.png" for p in made):  # another size, dtype or GPU of the same
+        if name in names:  # another size, dtype or GPU of the same
             name = "-".join((name, height, width, dtype, gpu)).replace(" ", "-")
+        names.add(name)
         about = f"{model}, {width} x {height}, {dtype}, compiled: {compiled}, {gpu}{simulated}"
-        for kind in ("memory", "steps"):
+        by_steps = {n: [r for r in chosen if int(r["steps"]) == n] for n in steps}
+        wanted = [(f"memory-{n}", some) for n, some in by_steps.items() if len(some) > 1]
+        for kind, some in [*wanted, *([("steps", chosen)] if len(steps) > 1 else [])]:
             figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-            if kind == "memory":
-                _memory(axes, [r for r in chosen if int(r["steps"]) == steps[-1]])
-                about_this = f"{about}\n{steps[-1]} steps"
+            if kind == "steps":
+                _steps(axes, some)
+                axes.set_title(about, fontsize=10)
             else:
-                _steps(axes, chosen)
-                about_this = about
-            axes.set_title(about_this, fontsize=10)
+                _memory(axes, some)
+                axes.set_title(f"{about}\n{some[0]['steps']} steps, median and quartiles", fontsize=10)
             axes.set_ylabel("seconds a call")
             axes.set_ylim(bottom=0)
             axes.grid(alpha=0.25)
@@ -99,15 +102,18 @@ def timeline_of(path: Path) -> Timeline:
 
 def _memory(axes: Any, rows: list[dict[str, str]]) -> None:
     exact = [r for r in rows if r["mode"].startswith("ours") and r["mode"].count(":") < 2]  # no transport
+    unit, size = curve.unit_of(max(int(r["peak_allocated"]) for r in rows))
     ours = sorted(exact, key=lambda r: int(r["peak_allocated"]))
     axes.plot(
-        [int(r["peak_allocated"]) / GIB for r in ours], [float(r["median_s"]) for r in ours], color=colour_of("ours")
+        [int(r["peak_allocated"]) / size for r in ours], [float(r["median_s"]) for r in ours], color=colour_of("ours")
     )
     for row in rows:
-        x, y = int(row["peak_allocated"]) / GIB, float(row["median_s"])
-        axes.scatter([x], [y], color=colour_of(row["mode"]), zorder=3)
+        x, y = int(row["peak_allocated"]) / size, float(row["median_s"])
+        spread = [[y - float(row["q25_s"])], [float(row["q75_s"]) - y]]
+        axes.errorbar([x], [y], yerr=spread, fmt="o", color=colour_of(row["mode"]), zorder=3)
         axes.annotate(row["mode"], (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8)
-    axes.set_xlabel("peak of allocated device memory, GiB")
+    axes.set_xlim(0, 1.15 * max(int(r["peak_allocated"]) for r in rows) / size)
+    axes.set_xlabel(f"peak of allocated device memory, {unit}")
 
 
 def _steps(axes: Any, rows: list[dict[str, str]]) -> None:

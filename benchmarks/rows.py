@@ -36,6 +36,7 @@ class Row:
         error: why there are no figures, or not all.
         budget: of the device memory, as asked for; empty where the mode takes what it likes.
         link_gbps: host to device as measured in the run of the last visit, as are the columns after it.
+        peer: the package that the mode is of, where it is no part of diffusers, with its version.
         times: each timed call.
     """
 
@@ -78,6 +79,7 @@ class Row:
     link_gbps: float | None = None
     driver: str = ""
     versions: str = ""
+    peer: str = ""
     commit: str = ""
     command: str = ""
     times: list[float] = dataclasses.field(default_factory=list, repr=False)

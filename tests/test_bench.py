@@ -1,4 +1,4 @@
-"""`prefetch-offload bench`, and the benchmark suite's own parts: modes, comparison, pictures, the GPU suite's bookkeeping."""
+"""`prefetch-offload bench`, and the benchmark suite's own parts: modes, a run, its rows."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import re
 import sys
 import threading
 import time
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,17 +21,13 @@ from test_cli import call, ext, folder, is_error
 from typer.testing import CliRunner, Result
 
 from benchmarks import gpu_suite, modes, offload, watch
-from benchmarks.__main__ import app
-from benchmarks.compare import compare
-from benchmarks.plots import draw, rows_of, timeline_of
 from benchmarks.rows import Row, read, write
 from prefetch_offload.commands import bench as bench_command
 from prefetch_offload.commands import running
 from prefetch_offload.errors import UnsupportedError
 from prefetch_offload.testing import load
 from prefetch_offload.testing.pipelines import CASES
-from prefetch_offload.trace import Level, Span, Timeline, Track
-from prefetch_offload.trace import write as write_trace
+from prefetch_offload.trace import Span, Timeline, Track
 
 __all__ = ["ext", "folder"]
 
@@ -56,7 +53,9 @@ def test_bench_is_a_table_a_file_and_a_curve(ext: Any, folder: Path, tmp_path: P
     assert "too small" in rows["prefetch_offload, 1KiB"]["error"]
     assert int(rows["prefetch_offload, 7MiB"]["peak_nbytes"]) <= 7 << 20
     assert float(rows["prefetch_offload, 7MiB"]["bound_s"]) > 0
-    assert {r["simulated"] for r in rows.values()} == {"True"}
+    assert {(r["simulated"], r["device"]) for r in rows.values()} == {("True", "simulated accelerator")}
+    assert {(r["model"], r["dtype"], r["calls"]) for r in rows.values()} == {(str(folder), "float32", "2")}
+    assert all(f"torch {torch.__version__}" in r["versions"] for r in rows.values())
     assert (tmp_path / "curve.png").stat().st_size > 10_000
     assert "simulated" in result.output
 
@@ -156,6 +155,33 @@ def test_profiling_runs_are_warm_up_or_timed() -> None:
     assert modes.warm_calls("ours:stock", 4) == 2
 
 
+def test_how_much_cache_dit_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many of the largest component's layers as `KEPT` of the limit holds; none of the others. Copy streams on CUDA only."""
+    asked: list[dict[str, Any]] = []
+    for module in ("cache_dit", "cache_dit.offload"):
+        fake = ModuleType(module)
+        fake.__spec__ = ModuleSpec(module, None)
+        monkeypatch.setitem(sys.modules, module, fake)
+    monkeypatch.setattr(fake, "layerwise_cpu_offload", lambda pipe, **given: asked.append(given), raising=False)
+    pipe = CASES["sdxl"].build()
+    name, unet = modes.largest(pipe)
+    nbytes = sum(p.nbytes for p in unet.parameters())
+    layers = [m for m in unet.modules() if list(m.parameters(recurse=False))]
+    for limit, share in ((nbytes, modes.KEPT), (10 * nbytes, 1.0), (None, 0.5)):
+        asked.clear()
+        modes.place("cache-dit kept", pipe, torch.device("cuda"), limit)
+        others, largest = asked
+        assert largest["module_names"] == [name] and "persistent_buckets" not in others
+        assert largest["persistent_buckets"] == int(share * len(layers))
+        assert sorted([*others["module_names"], name]) == sorted(
+            n for n, m in pipe.components.items() if isinstance(m, torch.nn.Module)
+        )
+        assert others["async_transfer"] and largest["async_transfer"]
+    asked.clear()
+    modes.place("cache-dit:8GiB", pipe, torch.device("cpu"), 8 << 30)
+    assert not asked[0]["async_transfer"] and "persistent_buckets" not in asked[0]
+
+
 def test_the_peers_are_those_of_the_extra() -> None:
     project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
     line = next(line for line in project.splitlines() if line.startswith("peers ="))
@@ -189,16 +215,20 @@ def measure(folder: Path, out: Path, *mode: str, **changes: Any) -> tuple[int, d
 
 def test_a_run_from_end_to_end(ext: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("resident", "stock", "ours:stock", "cache-dit:stock")
+    monkeypatch.setattr(modes, "versions", lambda: {"cache-dit": "1.5.3", "flextensor": None, "diffusers-mm": None})
     code, rows = measure(folder, tmp_path, *names, seconds=0)
     assert code == offload.EXIT_UNFINISHED
     assert {r.error for r in rows.values()} == {offload.LATE} and len(rows) == 8, "a row of what there was no time for"
-    code, rows = measure(folder, tmp_path, *names)
+    code, rows = measure(folder, tmp_path, *names, simulated_link=0.2)
     assert code == 0
+    assert {r.link_gbps for r in rows.values()} == {rows["stock", 2].link_gbps}
+    assert 0.15 < (rows["stock", 2].link_gbps or 0) <= 0.21, "the link that was asked for, measured"
     for (mode, steps), row in rows.items():
         assert row.simulated and row.gpu and row.host and row.versions and row.command and row.link_gbps
         assert (row.height, row.width, row.dtype) == (32, 32, "float32")
         if mode == "cache-dit:stock":
             assert row.error.startswith("NotHere") and row.budget == "stock"
+            assert row.peer == "cache-dit 1.5.3"
             continue
         assert row.error == "" and row.equal is True and row.calls == len(row.times) == 1
         assert (row.first_s is not None) == (steps == 2), "later step counts are no first calls"
@@ -337,184 +367,3 @@ def test_copies_of_the_timed_calls_only() -> None:
     lost = Timeline((*calls[1:], *fast, *stalls[1:]))  # nothing from before the second call: it may have lost some
     assert watch.copies(lost, 2) == (0.0, 10.0, 100.0)
     assert watch.copies(Timeline((*calls[2:], fast[1])), 2) is None
-
-
-# ------------------------------------------------------------------------------------------------ comparing results
-def result_of(path: Path, **changes: Any) -> Path:
-    """A result of two modes; `changes` are of the second."""
-    rows = [Row("sdxl", mode, "none", 30, False) for mode in ("resident", "ours")]
-    for row in rows:
-        row.took([10.0, 10.1, 9.9])
-        row.peak_allocated, row.peak_reserved, row.image, row.equal = 8 << 30, 9 << 30, "abc", True
-        row.first_s, row.d2h_nbytes, row.recompiles, row.gpu, row.host = 20.0, 0, 0, "a GPU", "a host"
-    for name, value in changes.items():
-        setattr(rows[1], name, value)
-    path.mkdir()
-    write(path, rows[: 1 if changes.get("mode") == "gone" else 2], [])
-    return path / "offload.csv"
-
-
-@pytest.mark.parametrize(
-    ("changes", "found"),
-    [
-        ({}, []),
-        ({"median_s": 10.4}, []),
-        ({"median_s": 10.6}, ["sdxl, ours, compile none, 30 steps: time 10.000 s -> 10.600 s (noise: 5.0%)"]),
-        ({"median_s": 10.6, "q25_s": 9.0, "q75_s": 11.0}, []),
-        ({"median_s": 9.0}, []),
-        ({"peak_allocated": 9 << 30}, ["peak 8192.0 MiB -> 9216.0 MiB"]),
-        ({"image": "abd", "equal": False}, ["its image is not the resident one's any more: abc -> abd"]),
-        ({"error": "OutOfMemoryError: no"}, ["fails: ran -> OutOfMemoryError: no"]),
-        ({"median_s": 13.0, "q25_s": 1.0, "q75_s": 19.0}, ["time 10.000 s -> 13.000 s (noise: 25.0%)"]),
-        ({"median_s": None, "q25_s": None, "q75_s": None}, ["has no figures any more: 10.000 s -> nothing"]),
-        ({"first_s": 24.0}, []),
-        ({"first_s": 26.0}, ["first call 20.000 s -> 26.000 s"]),
-        ({"d2h_nbytes": 5 << 30}, ["written back 0.0 MiB -> 5120.0 MiB"]),
-        ({"recompiles": 40}, ["recompiles 0.0 -> 40.0"]),
-        ({"peak_reserved": 18 << 30}, ["peak reserved 9216.0 MiB -> 18432.0 MiB"]),
-    ],
-)
-def test_what_got_worse(changes: dict[str, Any], found: list[str], tmp_path: Path) -> None:
-    old, new = result_of(tmp_path / "old"), result_of(tmp_path / "new", **changes)
-    findings, n_rows = compare(old, new)
-    assert n_rows == 2
-    assert len(findings) == len(found)
-    for finding, text in zip(findings, found, strict=True):
-        assert text in str(finding)
-    done = CliRunner().invoke(app, ["compare", str(old), str(new)])
-    assert done.exit_code == bool(found), done.output
-    assert f"2 rows compared, {len(found)} worse. Noise: 5.0% of a time" in done.output
-
-
-def test_a_row_that_is_gone(tmp_path: Path) -> None:
-    findings, n_rows = compare(result_of(tmp_path / "old"), result_of(tmp_path / "new", mode="gone"))
-    assert n_rows == 1
-    assert [str(f) for f in findings] == ["sdxl, ours, compile none, 30 steps: is gone: ran -> no row (noise: 0.0%)"]
-
-
-@pytest.mark.parametrize("column", ["gpu", "host"])
-def test_results_of_different_machines(column: str, tmp_path: Path) -> None:
-    files = [str(result_of(tmp_path / "old")), str(result_of(tmp_path / "new", **{column: "another"}))]
-    refused = CliRunner().invoke(app, ["compare", *files])
-    assert refused.exit_code == 2 and "another" in refused.stderr and "--any-machine" in refused.stderr
-    assert CliRunner().invoke(app, ["compare", *files, "--any-machine"]).exit_code == 0
-    assert "Noise: 5.0%" in CliRunner().invoke(app, ["compare", "--help"]).output
-
-
-def test_results_that_cannot_be_compared(tmp_path: Path) -> None:
-    old = result_of(tmp_path / "old")
-    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
-    assert CliRunner().invoke(app, ["compare", str(old), str(tmp_path / "other.csv")]).exit_code == 2
-    new = result_of(tmp_path / "new")
-    new.write_text(new.read_text().replace(",False,", ",True,", 1).replace(",30,", ",4,"))
-    with pytest.raises(ValueError, match="no row in common"):
-        compare(old, new)
-
-
-def test_pictures(tmp_path: Path) -> None:
-    """Several files in one picture, of each model; and the timelines."""
-    one, two = result_of(tmp_path / "a"), result_of(tmp_path / "b", mode="ours:8GiB")
-    spans = (Span("calls", "call", 0, 100), Span("compute", "unet", 0, 90), Span("copy", "unet", 5, 20, {"nbytes": 9}))
-    timeline = Timeline(spans, (Level(0.0, 1 << 20),), True, "simgpu")
-    write_trace(timeline, two.parent / "trace-sdxl-ours.json")
-    assert timeline_of(two.parent / "trace-sdxl-ours.json") == timeline
-    assert [r["mode"] for r in rows_of([one, two])] == ["resident", "ours", "ours:8GiB"]
-    made = draw([one, two])
-    assert [p.name for p in made] == ["sdxl-none-memory.png", "sdxl-none-steps.png", "timeline-sdxl-ours.png"]
-    assert all(p.stat().st_size > 10_000 and p.parent == one.parent for p in made)
-    done = CliRunner().invoke(app, ["plot", str(one), str(two)])
-    assert done.exit_code == 0 and len(done.output.splitlines()) == 3
-
-
-# ---------------------------------------------------------------------------------------------------- the GPU suite
-def test_the_suite_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    marks = tmp_path / "marks"
-
-    def script(name: str, code: str) -> gpu_suite.Part:
-        return gpu_suite.Part(name, 20, ("-c", f"open({str(marks)!r}, 'a').write({name!r} + ' '); {code}", "OUT"))
-
-    bad, unfinished = script("bad", "raise SystemExit(1)"), script("unfinished", "raise SystemExit(3)")
-    slow = gpu_suite.Part("slow", 2, ("-c", "import time; print('begun', flush=True); time.sleep(60)"))
-    good = script("good", "import sys; print(sys.argv[1])")
-    plots = gpu_suite.Part("plots", 20, script("plots", "").command, again=True)
-    monkeypatch.setattr(gpu_suite, "parts", lambda *_: [bad, plots, slow, unfinished, good])
-    monkeypatch.setattr(gpu_suite, "check", lambda device: None)
-    for _ in range(2):
-        with pytest.raises(typer.Exit) as ended:
-            gpu_suite.main(tmp_path, "cuda", 100)
-        assert ended.value.exit_code == 1
-    state = json.loads((tmp_path / "suite.json").read_text())
-    endings = {"bad": 1, "slow": "out of time", "unfinished": 3, "good": 0, "plots": 0}
-    assert {name: s["ended"] for name, s in state.items()} == endings
-    order = "bad unfinished good plots unfinished bad plots "
-    assert marks.read_text() == order, "what is done is not done again, what failed comes last, and then the pictures"
-    assert (tmp_path / "good" / "output.txt").read_text().strip() == str(tmp_path / "good")
-    assert (tmp_path / "slow" / "output.txt").read_text() == "begun\n" * 2, "what it wrote before its time was over"
-    assert str(tmp_path) not in state["good"]["command"], "a command that can be quoted"
-    gpu_suite.main(tmp_path, "cuda", 100, ["good"])
-    assert marks.read_text().endswith("good "), "asked for by name"
-
-
-def test_a_part_gets_what_is_left_or_is_left_for_the_next_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    long = gpu_suite.Part("long", 300, ("-c", "pass"))
-    cut = gpu_suite.Part("cut", 300, ("-c", "import sys; print(sys.argv[1])", "SECONDS"), least=40)
-    alone = gpu_suite.Part("alone", 10, ("-c", "pass"), by_hand=True)
-    monkeypatch.setattr(gpu_suite, "parts", lambda *_: [long, cut, alone])
-    monkeypatch.setattr(gpu_suite, "check", lambda device: None)
-    with pytest.raises(typer.Exit) as ended:
-        gpu_suite.main(tmp_path, "cuda", 60)
-    assert ended.value.exit_code == gpu_suite.UNFINISHED
-    assert "long: left for the next run" in capsys.readouterr().out
-    assert not (tmp_path / "long").exists() and not (tmp_path / "alone").exists()
-    assert 10 <= int((tmp_path / "cut" / "output.txt").read_text()) <= 60 - gpu_suite.MARGIN_S
-    gpu_suite.main(tmp_path, "cuda", 60, ["alone"])
-    assert (tmp_path / "alone").exists()
-
-
-def test_a_part_on_the_simulated_accelerator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = gpu_suite.offload("simgpu", "sdxl", 200, "sdxl-small", ("resident", "ours:stock"), (1,))
-    monkeypatch.setattr(gpu_suite, "parts", lambda *_: [made])
-    monkeypatch.chdir(Path(__file__).parents[1])
-    with pytest.raises(typer.Exit) as ended:
-        gpu_suite.main(tmp_path, "simgpu", 30, None)
-    assert ended.value.exit_code == gpu_suite.UNFINISHED, "nothing is begun that cannot get anywhere"
-    gpu_suite.main(tmp_path, "simgpu", 300, None)
-    rows = read(tmp_path / "offload" / "offload.csv")
-    assert [(r.mode, r.steps, r.equal) for r in rows] == [("resident", 1, True), ("ours:stock", 1, True)]
-    assert str(tmp_path) not in rows[0].command
-
-
-@pytest.mark.parametrize(
-    ("device", "model"), [("cuda", None), ("simgpu", None), ("cuda", "a/b"), ("simgpu", "sd3-small")]
-)
-def test_every_part_names_modes_that_exist(device: str, model: str | None) -> None:
-    found = gpu_suite.parts(device, model)
-    assert len({p.name for p in found}) == len(found)
-    for part in found:
-        assert part.seconds < 580, "a part that no run has time for"
-        assert (part.least or 0) <= part.seconds
-        named = [v for word, v in zip(part.command, part.command[1:], strict=False) if word == "--mode"]
-        for mode in named:
-            modes.check(mode)
-        assert not named or named[0] == "resident", "what the others are compared with"
-        for word in part.command:
-            if word.startswith("tests/"):
-                assert (Path(__file__).parents[1] / word).is_file()
-
-
-def test_three_runs_have_time_for_all_parts() -> None:
-    found = [p for p in gpu_suite.parts("cuda") if not p.by_hand]
-    assert found[0].name == "sdxl" and found[0].command[-8:] == tuple(
-        word for mode in (*gpu_suite.TELLING, "ours") for word in ("--mode", mode)
-    )
-    assert sum(p.seconds for p in found) <= 1700
-    page = (Path(__file__).parents[1] / "docs" / "benchmarks.md").read_text()
-    named = {
-        name: int(s) for names, s in re.findall(r"^\| ([\w, -]+) \| (\d+) \|", page, re.M) for name in names.split(", ")
-    }
-    bounds = {p.name: p.seconds for p in found}
-    assert named.pop("kernels") == named.pop("sanitizer") == bounds.pop("kernels") + bounds.pop("sanitizer")
-    assert named == bounds
-    assert all(p.name in page for p in gpu_suite.parts("cuda"))

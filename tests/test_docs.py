@@ -421,6 +421,18 @@ def test_nothing_deprecated_is_shown(page: Path) -> None:
     assert "torch_dtype" not in page.read_text()
 
 
+def test_what_others_published_is_committed() -> None:
+    """The README's seconds with a source of others are in a file of results, with the same source."""
+    committed = (ROOT / "benchmarks" / "results" / "published.md").read_text().splitlines()
+    rows = [line for _, line in split(ROOT / "README.md")[0] if line.startswith("|") and "](http" in line]
+    assert rows
+    for row in rows:
+        *_, source = LINK.findall(row)
+        (match,) = [line for line in committed if source in line and line.startswith("|")]
+        told, known = (re.findall(r"\d+\.\d+", text.partition("](")[0].partition("|")[2]) for text in (row, match))
+        assert told == known, source
+
+
 def test_every_result_is_explained() -> None:
     """docs/benchmarks.md and docs/kernels.md say of each committed result how it is made."""
     told = "".join((ROOT / "docs" / name).read_text() for name in ("benchmarks.md", "kernels.md"))

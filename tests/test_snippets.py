@@ -53,6 +53,18 @@ def test_the_predicted_example_is_what_its_command_predicts() -> None:
     assert row["stock_s"] is None and row["resident_s"] is None, "out of memory"
 
 
+def test_the_predicted_card_of_16_gb_is_what_its_command_predicts() -> None:
+    text = " ".join((ROOT / "docs" / "choosing-a-budget.md").read_text().split())
+    pattern = r"prefetch-offload (plan --model flux --budget 14GiB [^`]*?) ``` \*\*Predicted\*\*, (.*?) 825"
+    command, said = re.findall(pattern, text)[0]
+    figures = [float(n) for n in re.findall(r"[\d.]+(?= s\b)", said)]
+    result = CliRunner().invoke(app, [*command.split(), "--json"])
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.output)["rows"]
+    assert figures == [round(row[name], 1) for row in rows for name in ("seconds", "exposed_s")]
+    assert all(row["stock_s"] is None and row["resident_s"] is None for row in rows), "out of memory"
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_python_runs(page: str, machine: Any, capsys: pytest.CaptureFixture[str]) -> None:
     blocks = [b for b in split(ROOT / page)[1] if b.language == "python"]

@@ -8,10 +8,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import diffusers
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from .. import __version__
 from ..api import enable
 from ..config import MIB, Settings
 from ..device import is_out_of_memory
@@ -97,7 +99,15 @@ def bench(request: Request, console: Console) -> bool:
     console.print(_table(title, results, reference))
     if request.out is not None:
         request.out.mkdir(parents=True, exist_ok=True)
-        _write(request.out / "results.csv", results, reference, simulated)
+        where = {
+            "device": devices.describe(device),
+            "simulated": simulated,
+            "model": request.model,
+            "dtype": str(dtype).split(".")[1],
+            "calls": request.calls,
+            "versions": f"torch {torch.__version__}, diffusers {diffusers.__version__}, prefetch_offload {__version__}",
+        }
+        _write(request.out / "results.csv", results, reference, where)
         if reference is None:
             console.print(
                 f"Wrote results.csv to {request.out}. No way could run, so there is no curve.", soft_wrap=True
@@ -171,17 +181,19 @@ def _verdict(outcome: running.Outcome, reference: running.Outcome | None) -> str
     return "equal" if running.same(outcome, reference) else "DIFFERENT"
 
 
-def _write(path: Path, results: list[Result], reference: running.Outcome | None, simulated: bool) -> None:
+def _write(path: Path, results: list[Result], reference: running.Outcome | None, where: dict[str, object]) -> None:
+    """A row for each way; what all rows have in common, `where`, is in each, so that files can be put together."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(
-            ("way", "simulated", "first_s", "later_s", "planned_s", "bound_s", "peak_nbytes", "images", "error")
+            ("way", "first_s", "later_s", "planned_s", "bound_s", "peak_nbytes", "images", "error", *where)
         )
         for r in results:
             o = r.outcome
             figures = (None,) * 2 if o is None else (o.seconds[0], r.later_s)
             peak, verdict = (None, "") if o is None else (o.peak_nbytes, _verdict(o, reference))
-            writer.writerow((r.label, simulated, *figures, r.predicted_s, r.bound_s, peak, verdict, r.error))
+            measured = (*figures, r.predicted_s, r.bound_s, peak, verdict, r.error)
+            writer.writerow((r.label, *measured, *where.values()))
 
 
 def _draw(path: Path, title: str, results: list[Result]) -> None:
