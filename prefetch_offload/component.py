@@ -29,6 +29,26 @@ if TYPE_CHECKING:
 _numbers = itertools.count()
 
 
+def in_order_of_use(reads: Sequence[str]) -> list[str]:
+    """Each unit once, where it has to come in a pass that is repeated: before the read behind the longest time without it.
+
+    What blocks define behind one another often runs in turns, and a unit that holds the end of one block and the beginning
+    of the next is read at both ends of what lies between. It comes before that, and stays; unless that is most of the pass.
+
+    Args:
+        reads: units in the order in which a pass read them.
+    """
+    reads = [unit for unit, _ in itertools.groupby(reads)]
+    last = {unit: place - len(reads) for place, unit in enumerate(reads)}  # in the pass before
+    longest: dict[str, tuple[int, int]] = {}  # without the unit, and where it is read behind that
+    for place, unit in enumerate(reads):
+        without = place - last[unit]
+        last[unit] = place
+        if unit not in longest or without > longest[unit][0]:
+            longest[unit] = without, place
+    return sorted(longest, key=lambda unit: longest[unit][1])
+
+
 def way_of(settings: Settings, name: str) -> tuple[str | Way, bool, str]:
     """All that says how the weights of the component `name` travel."""
     return settings.transport_of(name), settings.transport_overflow, settings.originals
@@ -82,7 +102,6 @@ class Component(Binding):
         order: keys of its units in order of use, by its last measured pass.
         visits: by number of a point, the place of its last call in that pass.
         first_visit: the number of the point that was called first in it.
-        in_turns: a unit was read again in it after another one, other than in a round through all that follow.
         unit_ms: by unit, its compute time in that pass.
         unpack_ms: by unit, what turning what travelled into the unit was measured to take.
         pass_ms: a pass's compute time, by the last call's figures; 0: not measured.
@@ -122,7 +141,6 @@ class Component(Binding):
         self.order: tuple[str, ...] = ()
         self.visits: dict[int, int] = {}
         self.first_visit = -1
-        self.in_turns = False
         self.unit_ms: dict[str, float] = {}
         self.unpack_ms: dict[str, float] = {}
         self.pass_ms = 0.0
@@ -275,7 +293,7 @@ class Component(Binding):
         self.least_nbytes = least_nbytes({u.key: u.nbytes for u in self.units}, self.points, self.must)
         keys = tuple(u.key for u in self.units)
         if set(keys) != set(self.order):
-            self.order, self.visits, self.first_visit, self.in_turns = keys, {}, -1, False
+            self.order, self.visits, self.first_visit = keys, {}, -1
             self.unit_ms, self.pending, self.watched = {}, [], False
 
     def stays(self, unit: str) -> None:
@@ -324,15 +342,9 @@ class Component(Binding):
         self.first_visit = visited[0] if visited else -1
         by_number = {p.number: p for p in self.points}
         reads = [u for number in visited for u in by_number[number].units]
-        # Units come in the order of their first reads: what blocks define behind one another often runs in turns, and a unit
-        # that holds the end of one and the beginning of the next has to be there for the first of them.
         first = [u.key for u in self.units if u.key in self.must and u.key not in reads]
         # units that the pass did not read come last: an encoder's while only the decoder runs
-        self.order = tuple(dict.fromkeys([*first, *reads, *(u.key for u in self.units)]))
-        turns = [u for u, _ in itertools.groupby(u for u in reads if u not in self.must)]
-        place = {u: i for i, u in enumerate(dict.fromkeys(turns))}
-        steps = itertools.pairwise([-1, *(place[u] for u in turns), -1])
-        self.in_turns = any(after != before + 1 and before != len(place) - 1 for before, after in steps)
+        self.order = tuple(dict.fromkeys([*first, *in_order_of_use(reads), *(u.key for u in self.units)]))
 
     def time_units(self) -> None:
         """Take over what the last measured pass took, if the device has come so far. The host does not wait."""

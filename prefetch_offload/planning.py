@@ -82,8 +82,7 @@ def load_of(component: Component, activation_nbytes: int) -> ComponentLoad:
         streamable=component.streamable,
         copy_nbytes={u.key: u.payload_nbytes for u in component.units if u.travels_encoded},
         unpack_ms={u.key: component.unpack_ms.get(u.key, 0.0) for u in component.units if u.travels_encoded},
-        apart=not component.in_turns
-        and all(sum(u not in component.must for u in p.units) <= 1 for p in component.points),
+        apart=all(sum(u not in component.must for u in p.units) <= 1 for p in component.points),
     )
 
 

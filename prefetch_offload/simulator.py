@@ -26,13 +26,13 @@ class ComponentLoad:
     """One component as a planner sees it.
 
     Attributes:
-        units: in order of their first use within a pass, each once.
+        units: in order of use within a pass, each once.
         nbytes: device bytes of each unit.
         compute_ms: time of each unit in one pass, without waiting.
         activation_nbytes: device memory in use besides weights while it runs.
         must: units read throughout its run; they cannot be streamed.
         streamable: False: all units have to be there at once (a compiled graph, a module with its own `.to()`).
-        apart: no module reads several units at once, and none is read again after another, those in `must` aside.
+        apart: no module reads several units at once, those in `must` aside.
         copy_nbytes: bytes that a unit puts on the link, where they are not those that it takes on the device.
         unpack_ms: what turning them into the unit takes behind the copy, on the same stream.
     """

@@ -18,6 +18,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from prefetch_offload import BudgetError
+from prefetch_offload.component import in_order_of_use
 from prefetch_offload.moves import Moves
 from prefetch_offload.simulator import Link, Workload
 from prefetch_offload.window import Share, Window, handed_over, share_of
@@ -341,33 +342,49 @@ def test_the_first_component_goes_back_to_its_window_where_the_device_has_less_t
 
 
 class _TakingTurns(nn.Module):
-    """Blocks as diffusers' UNets have them: attentions are defined before resnets, and the two are called in turns."""
+    """A block as diffusers' UNets have them: attentions are defined before resnets, and the two are called in turns."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.attentions = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(5))
-        self.resnets = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(5))
+        self.attentions = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.resnets = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(12))
         self.dtype = torch.float32
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for resnet, attention in zip(self.resnets, self.attentions, strict=True):
             x = torch.tanh(attention(torch.tanh(resnet(x))))
+        for block in self.blocks:
+            x = torch.tanh(block(x))
         return x
 
 
-def test_units_come_in_the_order_of_their_first_reads(sim: Any, enable: Any) -> None:
-    """The unit of the last attention and the first resnet is read at both ends of a pass: waiting for it is waiting for all."""
+def test_a_unit_that_is_read_at_both_ends_of_a_block_comes_before_it(sim: Any, enable: Any) -> None:
+    """The unit of the last attention and the first resnet: behind the others of the block, the pass would wait for them all."""
     net = _TakingTurns()
     expected = truth(net)
     pipe = Pipeline(net)
     two = 2 * 66560
-    offload = enable(pipe, budget=4 * two + (64 << 10), unit_min=two - 1024, unit_max=two)
+    offload = enable(pipe, budget=5 * two + (64 << 10), unit_min=two - 1024, unit_max=two)
     for _ in range(3):
         assert same(pipe(), expected)
     (component,) = offload._session.client.components.values()
-    names = [u.key.split("/")[1] for u in component.units]
-    assert [component.order.index(u.key) for u in component.units] == [1, 3, 0, 2, 4], names
-    assert component.in_turns
+    assert [component.order.index(u.key) for u in component.units] == [1, 0, 2, *range(3, 9)], component.order
+
+
+@pytest.mark.parametrize(
+    ("reads", "order"),
+    [
+        ("abcd", "abcd"),
+        ("aabbc", "abc"),
+        ("abacdef", "abcdef"),  # away for longest from its second read to the next pass
+        ("abcdea", "bcdea"),  # ... from its first read to its second one: it stays from the end of a pass into the next
+        ("abcabc", "abc"),
+        ("babc", "bac"),
+    ],
+)
+def test_units_come_behind_the_longest_time_without_them(reads: str, order: str) -> None:
+    assert in_order_of_use(list(reads)) == list(order)
 
 
 class _Backwards(Net):
@@ -389,7 +406,6 @@ def test_the_order_is_learned_from_a_pass_that_calls_its_first_block_twice(sim: 
         assert same(pipe(), expected)
     (component,) = offload._session.client.components.values()
     assert component.order == tuple(u.key for u in (component.units[0], *reversed(component.units[1:])))
-    assert not component.in_turns
 
 
 class _Rounds(Net):
@@ -421,7 +437,6 @@ def test_once_all_has_been_read_a_pass_looks_no_further_for_what_to_prefetch(
         looks.clear()
         assert same(pipe(steps=1), expected)
     (component,) = offload._session.client.components.values()
-    assert not component.in_turns
     assert len(looks) <= len(component.units)
 
 
