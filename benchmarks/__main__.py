@@ -34,8 +34,8 @@ def compare(
         raise typer.Exit(2) from None
     for finding in findings:
         typer.echo(str(finding))
-    if links(old, new):
-        typer.echo(links(old, new))
+    if told := links(old, new):
+        typer.echo(told)
     typer.echo(f"{n_rows} rows compared, {len(findings)} worse. {bands(band)}")
     if findings:
         raise typer.Exit(1)

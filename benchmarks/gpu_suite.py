@@ -95,6 +95,11 @@ def offload(
     return Part(name, seconds, tuple(command), least=least, more=more and not small)
 
 
+def peers(device: str, budget: str, names: tuple[str, ...] = PEERS) -> tuple[str, ...]:
+    """Modes of these peers in `budget`; there is no memory to take away on the simulated accelerator."""
+    return names if device == "simgpu" else tuple(f"{name}:{budget}" for name in names)
+
+
 def parts(device: str, model: str | None = None) -> list[Part]:
     """In order of what they tell. Bounds are by what an H200 is expected to need."""
     small = device == "simgpu"
@@ -107,11 +112,6 @@ def parts(device: str, model: str | None = None) -> list[Part]:
     middle = budgets[2]
     ours = tuple(f"ours:{b}" for b in budgets)
 
-    def peers(budget: str, names: tuple[str, ...] = PEERS) -> tuple[str, ...]:
-        return (
-            names if small else tuple(f"{name}:{budget}" for name in names)
-        )  # no memory to take away on the simulated one
-
     tests = ("-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider")
     # Without a GPU there is nothing to see but that they are found and skipped.
     kernels = () if small else ("tests/test_kernels_cast.py", "tests/test_kernels_unpack.py")
@@ -122,7 +122,7 @@ def parts(device: str, model: str | None = None) -> list[Part]:
         return [
             offload(device, "model", 400, model, (*TELLING, "ours"), usual, calls=2),
             offload(device, "model-compiled", 400, model, TELLING, usual, compiled="regional"),
-            offload(device, "model-peers", 500, model, (*TELLING, *peers("stock")), most),
+            offload(device, "model-peers", 500, model, (*TELLING, *peers(device, "stock")), most),
             plots,
         ]
     found = [
@@ -131,8 +131,8 @@ def parts(device: str, model: str | None = None) -> list[Part]:
         offload(device, "flux", 280, flux, ("resident", "stock", "ours", f"ours:{middle}"), long, calls=2),
         offload(device, "flux-budgets", 170, flux, ("resident", ours[0], ours[3], ours[1]), long[:1]),
         offload(device, "sdxl-compiled", 130, sdxl, TELLING, usual, compiled="regional"),
-        offload(device, "sdxl-peers", 150, sdxl, (*TELLING, *peers("stock")), most),
-        offload(device, "flux-peers", 200, flux, ("resident", f"ours:{middle}", *peers(middle, PEERS[:4])), long[:1]),
+        offload(device, "sdxl-peers", 150, sdxl, (*TELLING, *peers(device, "stock")), most),
+        offload(device, "flux-peers", 200, flux, ("resident", f"ours:{middle}", *peers(device, middle, PEERS[:4])), long[:1]),
         offload(device, "sdxl-whole", 130, sdxl, ("resident", "ours:stock"), most, compiled="whole"),
         offload(device, "sdxl-steps", 80, sdxl, TELLING, (1, 4) if small else (1, 8, 50)),
         # bfloat16 is what `packed` is for.
@@ -160,14 +160,11 @@ def further(device: str) -> list[Part]:
         shown, counted = (f"{model}-small", (2,)) if small else (model, steps)
         return offload(device, name, 300, shown, modes, counted, more=True, **other)
 
-    def held(budget: str, names: tuple[str, ...] = PEERS) -> tuple[str, ...]:
-        return names if small else tuple(f"{name}:{budget}" for name in names)
-
     def flux_peers(budget: str) -> Part:
-        modes = ("resident", f"ours:{budget}", *held(budget, PEERS[:4]))
+        modes = ("resident", f"ours:{budget}", *peers(device, budget, PEERS[:4]))
         return part(f"flux-peers-{budget}", "flux", modes, (28,))
 
-    stock_peers = (*TELLING, *held("stock"))
+    stock_peers = (*TELLING, *peers(device, "stock"))
     transports = ("ours:stock:packed", "ours:stock:fp8")
     found = [
         # Decoding 1024 x 1024 in float32 takes 3 GiB of activations by estimate, twice what figures.py has for 16 bits.
@@ -178,7 +175,7 @@ def further(device: str) -> list[Part]:
         part("flux-few", "flux", ("resident", "ours:8GiB", "ours:24GiB", "ours:12GiB"), (4,)),
         part("sd3", "sd3", (*TELLING, "ours"), (28, 4), calls=2),
         part("sdxl-peers-few", "sdxl", stock_peers, (4,)),
-        part("sdxl-slow-peers", "sdxl", (*TELLING, *held("stock", SLOW_PEERS)), (4,)),
+        part("sdxl-slow-peers", "sdxl", (*TELLING, *peers(device, "stock", SLOW_PEERS)), (4,)),
         part("sdxl-transport", "sdxl", (*TELLING, *transports), (30, 4)),
         part("sdxl-compiled-steps", "sdxl", TELLING, (1, 8, 50), compiled="regional"),
         part("sdxl-whole-steps", "sdxl", ("resident", "stock", "ours:stock"), (4, 30, 1, 8, 50), compiled="whole"),

@@ -5,7 +5,6 @@ python -m benchmarks plot DIR/offload.csv [OTHER/offload.csv ...]
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -13,20 +12,12 @@ from typing import Any
 from prefetch_offload.commands import curve, picture
 from prefetch_offload.trace import TRACKS, Level, Span, Timeline
 
-from .rows import KEY
-
-SCENE = ("model", "compile", "height", "width", "dtype", "gpu")  # what rows of one picture have in common
+from .rows import Row, by_scene, latest, read
 
 
-def rows_of(paths: list[Path]) -> list[dict[str, str]]:
+def rows_of(paths: list[Path]) -> list[Row]:
     """Rows with figures; of two for the same on one GPU, the one of the later file."""
-    found = {}
-    for path in paths:
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                if row["median_s"]:
-                    found[(*(row[k] for k in KEY), row["gpu"])] = row
-    return list(found.values())
+    return latest(r for path in paths for r in read(path) if r.median_s)
 
 
 def colour_of(mode: str) -> str:
@@ -47,18 +38,16 @@ def draw(paths: list[Path]) -> list[Path]:
     plt = picture.require()
     made: list[Path] = []
     names: set[str] = set()
-    rows = rows_of(paths)
-    for scene in sorted({tuple(r[k] for k in SCENE) for r in rows}):
-        chosen = [r for r in rows if tuple(r[k] for k in SCENE) == scene]
+    for scene, chosen in sorted(by_scene(rows_of(paths)).items()):
         model, compiled, height, width, dtype, gpu = scene
-        simulated = " (simulated)" if any(r["simulated"] == "True" for r in chosen) else ""
-        steps = sorted({int(r["steps"]) for r in chosen})
+        simulated = " (simulated)" if any(r.simulated for r in chosen) else ""
+        steps = sorted({r.steps for r in chosen})
         name = f"{model}-{compiled}".replace("/", "-")
         if name in names:  # another size, dtype or GPU of the same
             name = "-".join((name, height, width, dtype, gpu)).replace(" ", "-")
         names.add(name)
         about = f"{model}, {width} x {height}, {dtype}, compiled: {compiled}, {gpu}{simulated}"
-        by_steps = {n: [r for r in chosen if int(r["steps"]) == n] for n in steps}
+        by_steps = {n: [r for r in chosen if r.steps == n] for n in steps}
         wanted = [(f"memory-{n}", some) for n, some in by_steps.items() if len(some) > 1]
         for kind, some in [*wanted, *([("steps", chosen)] if len(steps) > 1 else [])]:
             figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
@@ -67,7 +56,7 @@ def draw(paths: list[Path]) -> list[Path]:
                 axes.set_title(about, fontsize=10)
             else:
                 _memory(axes, some)
-                axes.set_title(f"{about}\n{some[0]['steps']} steps, median and quartiles", fontsize=10)
+                axes.set_title(f"{about}\n{some[0].steps} steps, median and quartiles", fontsize=10)
             axes.set_ylabel("seconds a call")
             axes.set_ylim(bottom=0)
             axes.grid(alpha=0.25)
@@ -100,27 +89,23 @@ def timeline_of(path: Path) -> Timeline:
     return Timeline(tuple(spans), tuple(levels), about["simulated"], about["device"])
 
 
-def _memory(axes: Any, rows: list[dict[str, str]]) -> None:
-    exact = [r for r in rows if r["mode"].startswith("ours") and r["mode"].count(":") < 2]  # no transport
-    unit, size = curve.unit_of(max(int(r["peak_allocated"]) for r in rows))
-    ours = sorted(exact, key=lambda r: int(r["peak_allocated"]))
-    axes.plot(
-        [int(r["peak_allocated"]) / size for r in ours], [float(r["median_s"]) for r in ours], color=colour_of("ours")
-    )
+def _memory(axes: Any, rows: list[Row]) -> None:
+    exact = [r for r in rows if r.mode.startswith("ours") and r.mode.count(":") < 2]  # no transport
+    unit, size = curve.unit_of(max(r.peak_allocated for r in rows))
+    ours = sorted(exact, key=lambda r: r.peak_allocated)
+    axes.plot([r.peak_allocated / size for r in ours], [r.median_s for r in ours], color=colour_of("ours"))
     for row in rows:
-        x, y = int(row["peak_allocated"]) / size, float(row["median_s"])
-        spread = [[y - float(row["q25_s"])], [float(row["q75_s"]) - y]]
-        axes.errorbar([x], [y], yerr=spread, fmt="o", color=colour_of(row["mode"]), zorder=3)
-        axes.annotate(row["mode"], (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8)
-    axes.set_xlim(0, 1.15 * max(int(r["peak_allocated"]) for r in rows) / size)
+        x, y = row.peak_allocated / size, row.median_s
+        spread = [[y - row.q25_s], [row.q75_s - y]]
+        axes.errorbar([x], [y], yerr=spread, fmt="o", color=colour_of(row.mode), zorder=3)
+        axes.annotate(row.mode, (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8)
+    axes.set_xlim(0, 1.15 * max(r.peak_allocated for r in rows) / size)
     axes.set_xlabel(f"peak of allocated device memory, {unit}")
 
 
-def _steps(axes: Any, rows: list[dict[str, str]]) -> None:
-    for mode in dict.fromkeys(r["mode"] for r in rows):
-        mine = sorted((r for r in rows if r["mode"] == mode), key=lambda r: int(r["steps"]))
-        axes.plot(
-            [int(r["steps"]) for r in mine], [float(r["median_s"]) for r in mine], marker="o", label=mode, color=None
-        )
+def _steps(axes: Any, rows: list[Row]) -> None:
+    for mode in dict.fromkeys(r.mode for r in rows):
+        mine = sorted((r for r in rows if r.mode == mode), key=lambda r: r.steps)
+        axes.plot([r.steps for r in mine], [r.median_s for r in mine], marker="o", label=mode, color=None)
     axes.set_xlabel("steps")
     axes.legend(fontsize=8)

@@ -7,10 +7,12 @@ import dataclasses
 import json
 import os
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 KEY = ("model", "mode", "compile", "steps", "simulated", "height", "width", "dtype")
+SCENE = ("model", "compile", "height", "width", "dtype", "gpu")  # what rows of one picture or table have in common
 
 
 @dataclasses.dataclass
@@ -115,6 +117,19 @@ def read(path: Path) -> list[Row]:
         if set(reader.fieldnames or ()) != set(fields):
             raise ValueError(f"{path} has other columns than this version writes: give --out another folder.")
         return [Row(**{name: _value(fields[name], text) for name, text in row.items()}) for row in reader]
+
+
+def latest(rows: Iterable[Row], *also: str) -> list[Row]:
+    """Of two rows for the same on one GPU, and with the same in the columns `also`, the later one."""
+    return list({(*r.key, r.gpu, *(getattr(r, name) for name in also)): r for r in rows}.values())
+
+
+def by_scene(rows: Iterable[Row], *also: str) -> dict[tuple[str, ...], list[Row]]:
+    """Rows that have `SCENE`, and the columns `also`, in common, by those."""
+    found: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(str(getattr(row, name)) for name in (*SCENE, *also)), []).append(row)
+    return found
 
 
 def _value(kind: str, text: str) -> Any:

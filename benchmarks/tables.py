@@ -9,11 +9,11 @@ import functools
 from collections.abc import Iterable
 from pathlib import Path
 
-from prefetch_offload.config import GIB, MIB
+from prefetch_offload.commands import curve
 
-from .rows import Row, read
+from .modes import parts
+from .rows import Row, by_scene, latest, read
 
-SCENE = ("model", "compile", "height", "width", "dtype", "gpu", "versions")  # what rows of one table have in common
 HEADINGS = (
     "mode", "steps", "median s", "quartiles s", "x resident", "x faster than stock", "first s", "enable s", "peak",
     "reserved", "driver", "host, pinned", "in, back", "exposed ms", "GB/s", "graphs, recompiles", "image",
@@ -22,17 +22,13 @@ HEADINGS = (
 
 def rows_of(paths: Iterable[Path]) -> list[Row]:
     """Of two rows for the same on one GPU, with the same versions, the one of the later file."""
-    found = {(*r.key, r.gpu, r.versions): r for path in paths for r in read(path)}
-    return list(found.values())
+    return latest((r for path in paths for r in read(path)), "versions")
 
 
 def tables(rows: list[Row]) -> str:
     """All of it. Rows that were never measured, by no error of theirs, have no GPU, and are in the table of their own."""
-    scenes: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        scenes.setdefault(tuple(str(getattr(row, name)) for name in SCENE), []).append(row)
-    parts = []
-    for scene, some in scenes.items():
+    found = []
+    for scene, some in by_scene(rows, "versions").items():
         model, compiled, height, width, dtype, gpu, versions = scene
         simulated = " (simulated: seconds say nothing about any GPU)" if some[0].simulated else ""
         links = sorted({r.link_gbps for r in some if r.link_gbps})
@@ -43,20 +39,20 @@ def tables(rows: list[Row]) -> str:
             f"{gpu or 'not measured yet'}{simulated}{link}{driver}; {versions}; commit {commits}; host {some[0].host}"
         )
         lines = [f"## {model}, {width} x {height}, {dtype}, compiled: {compiled}", "", about, ""]
-        unit = "GiB" if any((r.peak_allocated or 0) >= GIB for r in some) else "MiB"
-        lines += [f"Sizes are in {unit}.", "", _line(HEADINGS), _line("---" for _ in HEADINGS)]
+        unit = curve.unit_of(max(r.peak_allocated or 0 for r in some))
+        lines += [f"Sizes are in {unit[0]}.", "", _line(HEADINGS), _line("---" for _ in HEADINGS)]
         ordered = sorted(some, key=lambda r: -r.steps)  # stable: modes stay in their order
         lines += [_line(_cells(row, some, unit)) for row in ordered]
-        found = goals(some)
-        parts.append("\n".join([*lines, *(["", *found] if found else [])]))
-    return "\n\n".join(parts) + "\n"
+        about_goals = goals(some)
+        found.append("\n".join([*lines, *(["", *about_goals] if about_goals else [])]))
+    return "\n\n".join(found) + "\n"
 
 
 def _line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _cells(row: Row, beside: list[Row], unit: str) -> list[str]:
+def _cells(row: Row, beside: list[Row], unit: tuple[str, int]) -> list[str]:
     if row.median_s is None:
         error = row.error.replace("|", "/") or "not measured yet"
         return [row.mode, str(row.steps), error, *[""] * (len(HEADINGS) - 3)]
@@ -84,8 +80,8 @@ def _cells(row: Row, beside: list[Row], unit: str) -> list[str]:
     ]
 
 
-def _size(nbytes: int | None, unit: str) -> str:
-    return "" if nbytes is None else f"{nbytes / (GIB if unit == 'GiB' else MIB):.{2 if unit == 'GiB' else 1}f}"
+def _size(nbytes: int | None, unit: tuple[str, int]) -> str:
+    return "" if nbytes is None else f"{nbytes / unit[1]:.{2 if unit[0] == 'GiB' else 1}f}"
 
 
 def _seconds(rows: list[Row], mode: str, steps: int) -> float | None:
@@ -113,12 +109,11 @@ def goals(rows: list[Row]) -> list[str]:
             goal("ours:stock", f"{steps} steps at stock's memory, x faster than stock", stock / ours, faster, False)
     for steps in sorted({r.steps for r in rows}, reverse=True):
         for mine in rows:
-            name, _, budget = mine.mode.partition(":")
-            if name != "ours" or ":" in budget or mine.steps != steps or not mine.median_s or not budget:
+            name, budget, transport = parts(mine.mode)
+            if name != "ours" or transport or not budget or mine.steps != steps or not mine.median_s:
                 continue
-            suffix = f":{budget}"
-            peers = [r for r in rows if r.steps == steps and r.median_s and r.mode.endswith(suffix) and r is not mine]
-            peers = [r for r in peers if not r.mode.startswith("ours")]
+            measured = [(r, *parts(r.mode)) for r in rows if r.steps == steps and r.median_s]
+            peers = [r for r, peer, held, _ in measured if held == budget and peer != "ours"]
             if peers:
                 best = min(peers, key=lambda r: r.median_s or 0.0)
                 what = (

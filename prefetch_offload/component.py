@@ -157,6 +157,11 @@ class Component(Binding):
         return sum(u.nbytes for u in self.units)
 
     @property
+    def unit_nbytes(self) -> dict[str, int]:
+        """Device bytes of each unit."""
+        return {u.key: u.nbytes for u in self.units}
+
+    @property
     def masters(self) -> list[Master]:
         return list(self._masters.values())
 
@@ -290,7 +295,7 @@ class Component(Binding):
         self.traced = traced(self._modules)
         self.points, self.must = find_points(self.module, self.units)
         self.must |= self.found & {u.key for u in self.units}
-        self.least_nbytes = least_nbytes({u.key: u.nbytes for u in self.units}, self.points, self.must)
+        self.least_nbytes = least_nbytes(self.unit_nbytes, self.points, self.must)
         keys = tuple(u.key for u in self.units)
         if set(keys) != set(self.order):
             self.order, self.visits, self.first_visit = keys, {}, -1
@@ -300,7 +305,7 @@ class Component(Binding):
         """`unit` was found to be read outside of its points."""
         self.found.add(unit)
         self.must |= {unit}
-        self.least_nbytes = least_nbytes({u.key: u.nbytes for u in self.units}, self.points, self.must)
+        self.least_nbytes = least_nbytes(self.unit_nbytes, self.points, self.must)
 
     def compiled_since(self) -> bool:
         """Something below has been compiled since it was charted, or is no longer; it is charted anew."""
@@ -337,21 +342,22 @@ class Component(Binding):
 
     def learn(self, visited: list[int]) -> None:
         """A pass called these points, by number, in this order."""
+        # By the last call of each: units that are read in turns are done with in that order.
         self.visits = {number: place for place, number in enumerate(dict.fromkeys(reversed(visited)))}
         self.visits = {number: len(self.visits) - 1 - place for number, place in self.visits.items()}
         self.first_visit = visited[0] if visited else -1
         by_number = {p.number: p for p in self.points}
-        reads = [u for number in visited for u in by_number[number].units]
-        first = [u.key for u in self.units if u.key in self.must and u.key not in reads]
+        used = in_order_of_use([u for number in visited for u in by_number[number].units])
+        first = [u.key for u in self.units if u.key in self.must and u.key not in used]
         # units that the pass did not read come last: an encoder's while only the decoder runs
-        self.order = tuple(dict.fromkeys([*first, *in_order_of_use(reads), *(u.key for u in self.units)]))
+        self.order = tuple(dict.fromkeys([*first, *used, *(u.key for u in self.units)]))
 
     def time_units(self) -> None:
         """Take over what the last measured pass took, if the device has come so far. The host does not wait."""
         if not self.pending or not self.pending[-1][2].query():
             return
         times: dict[str, float] = {}
-        nbytes = {u.key: u.nbytes for u in self.units}
+        nbytes = self.unit_nbytes
         for (point, _, went), (_, arrived, _) in itertools.pairwise(self.pending):
             if point is None or not set(point.units) <= set(nbytes):
                 continue

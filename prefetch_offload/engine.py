@@ -349,19 +349,7 @@ class Engine(Moves):
                 return
             client.order.finish()
             client.memory.commit()
-            self._fill_idle(client)
-
-    def _fill_idle(self, client: Client) -> None:
-        upcoming = client.order.upcoming()
-        shape = client.shapes.get(upcoming[0]) if upcoming else None
-        if shape is None or not client.memory.knows(shape):
-            return
-        component = client.components.get(upcoming[0])
-        if component is None:
-            return
-        least = component.smallest_nbytes
-        cap = client.memory.cap(shape, component.nbytes, self.available(client), least) - self._idle_beside(component)
-        self.fill_idle(component, client, cap)
+            self.fill_idle(client)
 
     def show_masters(self, components: list[Component]) -> None:
         """These components show their host weights; device copies stay."""

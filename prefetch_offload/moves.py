@@ -22,7 +22,7 @@ from .masters import SlabUnit
 from .planner import EntryPlan, follow, lasting, plan_entry
 from .residency import Await, Dropped, Entered, Instruction, Load, Needed, Prefetched, State
 from .streaming import Stream
-from .window import Share, fits_whole, handed_over, held_first, share_of
+from .window import Share, begun, held_first, share_of
 
 
 class Moves(Holdings):
@@ -129,14 +129,14 @@ class Moves(Holdings):
                 return planned
         if component.nbytes <= room or not component.streamable:
             return None
-        nbytes = {u.key: u.nbytes for u in component.units}
+        nbytes = component.unit_nbytes
         room = max(room, component.least_nbytes)
         once = component.least_nbytes - sum(nbytes[u] for u in component.must)
         return share_of(component.order, nbytes, component.unit_ms, room, 2 * once, component.must)
 
     @staticmethod
     def _held_first(component: Component, share: Share, entered: bool) -> tuple[str, ...]:
-        return held_first(component.order, {u.key: u.nbytes for u in component.units}, share, entered)
+        return held_first(component.order, component.unit_nbytes, share, entered)
 
     def _client(self, component: Component) -> Client:
         call = self._call()
@@ -180,8 +180,7 @@ class Moves(Holdings):
 
     def _make_ready(self, component: Component, client: Client, cap: int) -> None:
         protected = self._protected(component)
-        limit = cap
-        self._within(limit, at_once=False)
+        self._within(cap, at_once=False)
         begins = client.calling > 0 and client.entered == {component.key} and client.order.visits(component.key) == 1
         share, plan = self._plan(component, client, cap, protected, client.order.upcoming(), begins)
         try:
@@ -200,7 +199,7 @@ class Moves(Holdings):
                 self._carry_out(component, client, plan)
             except OUT_OF_MEMORY as error:
                 raise torch.OutOfMemoryError(f"{error}\n{self._why(component)}") from error
-        self._within(limit)
+        self._within(cap)
         self._watch_over(component, client, share)
 
     def _plan(
@@ -225,8 +224,7 @@ class Moves(Holdings):
             return share, scripted
         if begins and share is not None:
             beside = self.residency.held_nbytes - self._flying(component.order)
-            if fits_whole(share, component.nbytes, beside, cap):
-                share = handed_over(component.order, {u.key: u.nbytes for u in component.units}, component.must)
+            share = begun(share, component.order, component.unit_nbytes, component.must, beside, cap)
         heads = dict(client.heads)
         heads.pop(component.key, None)
         if share is not None:
@@ -238,32 +236,39 @@ class Moves(Holdings):
         )
         return share, self._lasting(client, plan, cap, upcoming)
 
-    def fill_idle(self, component: Component, client: Client, cap: int) -> None:
-        """No call is in progress, and the next one will begin with `component`: what it would load, and what comes behind
-        that, may come already."""
-        self._within(cap, at_once=False)
-        upcoming = client.order.upcoming()
-        _, plan = self._plan(component, client, cap, self._protected(None), (*upcoming[1:], *upcoming[:1]), begins=True)
-        loads = component.order if plan.loads is None else plan.loads
-        state, units = self.residency.state, self.units
-        loads = tuple(u for u in loads if state(u) is State.HOST and units[u].prefetchable)
-        if not client.settings.prefetch or plan.peak_nbytes > cap:
+    def fill_idle(self, client: Client) -> None:
+        """No call is in progress: what the component that the next one begins with would load, and what comes behind that,
+        may come already."""
+        begins, *others = client.order.upcoming() or ("",)
+        component, shape = client.components.get(begins), client.shapes.get(begins)
+        if component is None or not client.memory.knows(shape):
             return
-        drops = self._unbind_readers(plan.drops)
-        self._run_ahead(client, self.residency.handle(Prefetched(EntryPlan(drops, (*loads, *plan.prefetches)))))
+        cap = client.memory.cap(shape, component.nbytes, self.available(client), component.smallest_nbytes)
+        cap -= self._idle_beside(component)
+        self._within(cap, at_once=False)
+        if not client.settings.prefetch:
+            return
+        _, plan = self._plan(component, client, cap, self._protected(None), (*others, begins), begins=True)
+        if plan.peak_nbytes <= cap:
+            loads = tuple(u for u in self._loads(component, plan) if self.units[u].prefetchable)
+            drops = self._unbind_readers(plan.drops)
+            self._run_ahead(client, self.residency.handle(Prefetched(EntryPlan(drops, (*loads, *plan.prefetches)))))
+
+    def _loads(self, component: Component, plan: EntryPlan) -> tuple[str, ...]:
+        """The component's own units that entering it by `plan` loads."""
+        if plan.loads is not None:
+            return plan.loads
+        return tuple(u for u in component.order if self.residency.state(u) is State.HOST)
 
     def _scripted(
-        self, client: Client, component: Component | None, share: Share | None, cap: int, protected: frozenset[str]
+        self, client: Client, component: Component, share: Share | None, cap: int, protected: frozenset[str]
     ) -> EntryPlan | None:
-        """What a script says about entering `component`, or about the time before; None: there is none, or it does not fit,
-        as when other pipelines hold memory."""
+        """What a script says about entering `component`; None: there is none, or it does not fit, as when other pipelines hold
+        memory."""
         if share is None or share.script is None:
             return None
         plan = self._following(client, share.script.first(), component, protected)
-        loads = plan.loads
-        if loads is None:
-            loads = tuple(u for u in component.order if self.residency.state(u) is State.HOST) if component is not None else ()
-        nbytes = sum(self.units[u].nbytes for u in (*loads, *plan.prefetches))
+        nbytes = sum(self.units[u].nbytes for u in (*self._loads(component, plan), *plan.prefetches))
         nbytes -= sum(self.units[u].nbytes for u in plan.drops)
         return plan if self.residency.held_nbytes + nbytes <= cap else None
 

@@ -63,7 +63,7 @@ def load_of(component: Component, activation_nbytes: int) -> ComponentLoad:
     Where it takes memory for good, that counts with what is left to activations, beside whatever runs: no unit of it takes
     or gives any.
     """
-    nbytes = {u.key: u.nbytes for u in component.units}
+    nbytes = component.unit_nbytes
     measured = sum(component.unit_ms.values())
     if measured > 0:
         scale = (component.pass_ms or measured) / measured

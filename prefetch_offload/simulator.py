@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from .planner import EntryPlan, follow, lasting, plan_entry
 from .residency import Await, Drop, Dropped, Entered, Instruction, Load, Needed, Prefetched, Residency, State
 from .trace import Level, Span, Timeline
-from .window import Scripted, Share, Window, fits_whole, handed_over, held_first, window_of
+from .window import Scripted, Share, Window, begun, held_first, window_of
 
 # Passes of a run that are simulated one by one; those in between repeat the last of them. 2 fill the window and show
 # its steady state, 1 is the last, in which the next component comes in.
@@ -238,13 +238,11 @@ class _Device:
     def run(self, name: str, passes: int, upcoming: tuple[str, ...], begins: bool) -> None:
         component = self.workload.components[name]
         cap = self.budget - component.activation_nbytes
-        share = self.shares[name] if name in self.heads else None
-        first = self.first.get(name, ())
+        share, first = self.shares[name] if name in self.heads else None, self.first.get(name, ())
         if share is not None and begins:
-            held = self.residency.held_nbytes - sum(component.nbytes[u] for u in self.residency.held(name))
-            if fits_whole(share, component.total_nbytes, held, cap):
-                share = handed_over(component.units, component.nbytes, component.must)
-                first = component.units
+            beside = self.residency.held_nbytes - sum(component.nbytes[u] for u in self.residency.held(name))
+            share = begun(share, component.units, component.nbytes, component.must, beside, cap)
+            first = first if share is self.shares[name] else component.units
         room = cap
         if share is not None:
             # The window fills up after the entry, without asking again: what it may grow by is not for others.

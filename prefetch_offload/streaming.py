@@ -35,9 +35,8 @@ class Stream:
         self.engine, self.client, self.component, self.share = engine, client, component, share
         self.units: Mapping[str, Unit] = {u.key: u for u in component.units}
         self.window: Window | None = None
-        nbytes = {u.key: u.nbytes for u in component.units}
         if share is not None:
-            self.window = window_of(component.order, nbytes, share)
+            self.window = window_of(component.order, component.unit_nbytes, share)
         self.passes = 0
         self._last = False
         self._turned = 0

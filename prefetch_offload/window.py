@@ -117,18 +117,22 @@ def handed_over(
     return Share(sum(nbytes[u] for u in order), frozenset(u for u in order if u != last), ahead)
 
 
-def fits_whole(share: Share, nbytes: int, others_nbytes: int, cap_nbytes: int) -> bool:
-    """Whether the component that a call begins with need not pass through the window that `share` gives it.
+def begun(
+    share: Share, order: Sequence[str], nbytes: Mapping[str, int], must: frozenset[str], others_nbytes: int, cap_nbytes: int
+) -> Share:
+    """`share` as it is where a call begins with the component.
 
-    Between calls nothing runs, and what comes next may come already. With `ahead`, that is all of the component, rather than
-    what its window holds, and then what follows it. Nothing makes room for that.
+    Between calls nothing runs, and what comes next may come already. With `ahead`, that is all of the component if it fits,
+    rather than what its window holds, and then what follows it. Nothing makes room for that.
 
     Args:
-        nbytes: of the component.
+        order, nbytes, must: of the component, as for `share_of`.
         others_nbytes: that other components hold.
         cap_nbytes: device bytes that weights may take while it runs.
     """
-    return share.ahead and share.script is None and share.limit_nbytes < nbytes and others_nbytes + nbytes <= cap_nbytes
+    whole = handed_over(order, nbytes, must)
+    streams = share.script is None and share.limit_nbytes < whole.limit_nbytes
+    return whole if share.ahead and streams and others_nbytes + whole.limit_nbytes <= cap_nbytes else share
 
 
 class Window:

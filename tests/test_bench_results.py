@@ -104,7 +104,7 @@ def test_pictures(tmp_path: Path) -> None:
     timeline = Timeline(spans, (Level(0.0, 1 << 20),), True, "simgpu")
     write_trace(timeline, two.parent / "trace-sdxl-ours.json")
     assert timeline_of(two.parent / "trace-sdxl-ours.json") == timeline
-    assert [r["mode"] for r in rows_of([one, two])] == ["resident", "ours", "ours:8GiB"]
+    assert [r.mode for r in rows_of([one, two])] == ["resident", "ours", "ours:8GiB"]
     made = draw([one, two])
     assert [p.name for p in made] == ["sdxl-none-memory-30.png", "timeline-sdxl-ours.png"], "of one step count"
     assert all(p.stat().st_size > 10_000 and p.parent == one.parent for p in made)

@@ -15,10 +15,11 @@ import pytest
 import torch
 from conftest import DEVICE, settle
 from diffusers import DiffusionPipeline
+from test_scripts import Pair
 from torch import nn
 
 from prefetch_offload import BudgetError
-from prefetch_offload.component import in_order_of_use
+from prefetch_offload.component import Component, in_order_of_use
 from prefetch_offload.moves import Moves
 from prefetch_offload.simulator import Link, Workload
 from prefetch_offload.window import Share, Window, handed_over, share_of
@@ -304,24 +305,10 @@ def test_a_layer_that_is_used_in_two_places(at: int, sim: Any, enable: Any) -> N
         offload.disable()
 
 
-class Two(DiffusionPipeline):
-    model_cpu_offload_seq = "first->second"
-
-    def __init__(self, first: nn.Module, second: nn.Module) -> None:
-        super().__init__()
-        self.register_modules(first=first, second=second)
-
-    @torch.no_grad()
-    def __call__(self) -> torch.Tensor:
-        x = self.second(self.first(X.to(self._execution_device)))
-        self.maybe_free_model_hooks()
-        return x.cpu()
-
-
 def test_the_first_component_goes_back_to_its_window_where_the_device_has_less_than_the_budget(sim: Any, enable: Any) -> None:
     """By its plan it streams; a call begins with all of it, as far as anyone knows."""
     first, second = Net(), Net(n=4)
-    pipe = Two(first, second)
+    pipe = Pair(first, second)
 
     def strategy(workload: Workload, budget: int, link: Link) -> dict[str, Share]:
         name, c = next(iter(workload.components.items()))
@@ -329,7 +316,7 @@ def test_the_first_component_goes_back_to_its_window_where_the_device_has_less_t
         return {name: dataclasses.replace(share, ahead=True)}
 
     offload = enable(pipe, budget=room(1.5), strategy=strategy, **UNITS)
-    expected = [pipe() for _ in range(3)]
+    expected = [pipe(X, 1) for _ in range(3)]
     component = next(iter(offload._session.client.components.values()))
     held = offload._engine.residency.held(component.key)
     assert len(held) == len(component.units), "between calls, all of it has come"
@@ -337,8 +324,19 @@ def test_the_first_component_goes_back_to_its_window_where_the_device_has_less_t
     settle(sim)
     sim.configure(int(sim.counters()["allocated"]) + room(0.75), 0, 0, 0)
     for _ in range(3):
-        assert same(pipe(), expected[0])
+        assert same(pipe(X, 1), expected[0])
     assert offload.stats.counts["ladder"] > 0
+
+
+def learned(net: nn.Module, enable: Any, **settings: Any) -> Component:
+    """What is known of the network after three calls, which were right."""
+    expected = truth(net)
+    pipe = Pipeline(net)
+    offload = enable(pipe, **settings)
+    for _ in range(3):
+        assert same(pipe(), expected)
+    (component,) = offload._session.client.components.values()
+    return component
 
 
 class _TakingTurns(nn.Module):
@@ -362,13 +360,8 @@ class _TakingTurns(nn.Module):
 def test_a_unit_that_is_read_at_both_ends_of_a_block_comes_before_it(sim: Any, enable: Any) -> None:
     """The unit of the last attention and the first resnet: behind the others of the block, the pass would wait for them all."""
     net = _TakingTurns()
-    expected = truth(net)
-    pipe = Pipeline(net)
     two = 2 * 66560
-    offload = enable(pipe, budget=5 * two + (64 << 10), unit_min=two - 1024, unit_max=two)
-    for _ in range(3):
-        assert same(pipe(), expected)
-    (component,) = offload._session.client.components.values()
+    component = learned(net, enable, budget=5 * two + (64 << 10), unit_min=two - 1024, unit_max=two)
     assert [component.order.index(u.key) for u in component.units] == [1, 0, 2, *range(3, 9)], component.order
 
 
@@ -399,12 +392,7 @@ class _Backwards(Net):
 
 def test_the_order_is_learned_from_a_pass_that_calls_its_first_block_twice(sim: Any, enable: Any) -> None:
     net = _Backwards()
-    expected = truth(net)
-    pipe = Pipeline(net)
-    offload = enable(pipe, budget=room(0.5), **UNITS)
-    for _ in range(3):
-        assert same(pipe(), expected)
-    (component,) = offload._session.client.components.values()
+    component = learned(net, enable, budget=room(0.5), **UNITS)
     assert component.order == tuple(u.key for u in (component.units[0], *reversed(component.units[1:])))
 
 
