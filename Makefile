@@ -15,7 +15,7 @@ demo: $(STAMP)
 	$(BIN)/python -m prefetch_offload.cli demo $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -n auto --dist loadfile tests $(ARGS)
+	$(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder tests $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .

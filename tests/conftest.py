@@ -11,6 +11,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import interrupts
 import numpy as np
 import pytest
 import torch
@@ -24,6 +25,14 @@ from prefetch_offload.testing.pipelines import CASES
 from prefetch_offload.units import align
 
 DEVICE = "simgpu"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--thorough", action="store_true", help="interrupt at every line, rather than at some; takes long")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    interrupts.THOROUGH = config.getoption("thorough", default=False)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,14 @@ import numpy as np
 
 import prefetch_offload
 
+THOROUGH = False  # pytest's --thorough
 PACKAGE = str(Path(prefetch_offload.__file__).parent)
 Line = tuple[str, int]
+
+
+def some(places: Sequence[int], every: int, first: int = 0) -> Sequence[int]:
+    """Every so many of the places, beginning with the one of number `first`; with ``--thorough`` all of them."""
+    return places if THOROUGH else places[first::every]
 
 
 def spots(lines: list[Line]) -> list[int]:

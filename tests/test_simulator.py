@@ -592,8 +592,9 @@ def test_slow_operators_leave_the_copies_alone(sim: Any) -> None:
         lambda x: torch.nn.functional.conv2d(x, x),
         lambda x: torch.nn.functional.layer_norm(x, (4, 4)),
         lambda x: torch.nn.functional.group_norm(x, 2),
+        lambda x: torch.nn.functional.scaled_dot_product_attention(x, x, x),
     ],
-    ids=["fallback", "convolution", "layer_norm", "group_norm"],
+    ids=["fallback", "convolution", "layer_norm", "group_norm", "attention"],
 )
 def test_every_path_is_slow(sim: Any, operator: Callable[[torch.Tensor], torch.Tensor]) -> None:
     x = torch.ones(2, 2, 4, 4, device="simgpu")
@@ -605,6 +606,45 @@ def test_every_path_is_slow(sim: Any, operator: Callable[[torch.Tensor], torch.T
     start = time.perf_counter()
     operator(x)
     assert time.perf_counter() - start < 0.2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_attention_is_the_cpus(sim: Any, dtype: torch.dtype) -> None:
+    random = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 8, generator=random).to(dtype) for n in (12, 20, 20))
+    masks = [None, torch.rand(2, 1, 12, 20, generator=random) > 0.3, torch.randn(12, 20, generator=random).to(dtype)]
+    attend = torch.nn.functional.scaled_dot_product_attention
+    with torch.no_grad():
+        for mask in masks:
+            on_sim = attend(*(t.to("simgpu") for t in (q, k, v)), None if mask is None else mask.to("simgpu"), scale=0.3)
+            assert torch.equal(on_sim.cpu(), attend(q, k, v, mask, scale=0.3))
+        assert torch.equal(attend(*[q.to("simgpu")] * 3, is_causal=True).cpu(), attend(q, q, q, is_causal=True))
+    x = q.float().to("simgpu").requires_grad_()  # a backward pass takes the operators one by one
+    (made,) = torch.autograd.grad(attend(x, x, x).sum(), x)
+    y = q.float().requires_grad_()
+    (expected,) = torch.autograd.grad(attend(y, y, y).sum(), y)
+    torch.testing.assert_close(made.cpu(), expected)
+
+
+def test_attention_reads_what_it_is_given(sim: Any) -> None:
+    for at in range(3):
+        p, d = Program(), on_device()
+        p.side_waits()
+        p.copy(d)
+        given = [torch.ones(1, 1, 4, 4, device="simgpu") for _ in range(3)]
+        given[at] = d[:16].view(1, 1, 4, 4)
+        torch.nn.functional.scaled_dot_product_attention(*given)
+        assert "scaled_dot_product_attention" in str(sim.hazards()), "it has not waited for the copy"
+        sim.drain()
+        sim.reset()
+
+
+def test_half_convolutions_are_summed_in_single_precision(sim: Any) -> None:
+    random = torch.Generator().manual_seed(0)
+    x, w, b = (torch.randn(*n, generator=random).half() for n in ((2, 8, 9, 9), (8, 8, 3, 3), (8,)))
+    made = torch.nn.functional.conv2d(x.to("simgpu"), w.to("simgpu"), b.to("simgpu"), padding=1)
+    expected = torch.nn.functional.conv2d(x.float(), w.float(), b.float(), padding=1).half()
+    assert made.dtype == torch.float16 and torch.equal(made.cpu(), expected)
 
 
 def test_time_between_events_of_two_streams(sim: Any) -> None:

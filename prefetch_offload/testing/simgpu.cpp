@@ -7,8 +7,11 @@
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
+#include <ATen/SDPBackend.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
 #include <ATen/native/CPUFallback.h>
+#include <ATen/native/DispatchStub.h>
+#include <ATen/native/transformers/attention.h>
 #include <ATen/ops/_local_scalar_dense_native.h>
 #include <ATen/ops/_reshape_alias_native.h>
 #include <ATen/ops/as_strided_cpu_dispatch.h>
@@ -262,9 +265,13 @@ at::Tensor convolution(const at::Tensor& x, const at::Tensor& w, const std::opti
                        c10::SymIntArrayRef st, c10::SymIntArrayRef pd, c10::SymIntArrayRef dl, bool tr,
                        c10::SymIntArrayRef op, c10::SymInt g) {
   begin_operator();
-  auto hx = *read(x, "convolution"), hw = *read(w, "convolution");
-  return to_device(at::convolution(hx, hw, read(b, "convolution"), C10_AS_INTARRAYREF_SLOW(st),
-      C10_AS_INTARRAYREF_SLOW(pd), C10_AS_INTARRAYREF_SLOW(dl), tr, C10_AS_INTARRAYREF_SLOW(op), g.expect_int()));
+  // The CPU's kernels for float16 take a hundred times as long as those for float32.
+  auto type = x.scalar_type();
+  auto single = [&](const at::Tensor& t) { return type == at::kHalf ? t.to(at::kFloat) : t; };
+  auto hb = read(b, "convolution");
+  return to_device(at::convolution(single(*read(x, "convolution")), single(*read(w, "convolution")),
+      hb ? std::optional(single(*hb)) : hb, C10_AS_INTARRAYREF_SLOW(st), C10_AS_INTARRAYREF_SLOW(pd),
+      C10_AS_INTARRAYREF_SLOW(dl), tr, C10_AS_INTARRAYREF_SLOW(op), g.expect_int()).to(type));
 }
 Three layer_norm(const at::Tensor& x, c10::SymIntArrayRef shape, const std::optional<at::Tensor>& w,
                  const std::optional<at::Tensor>& b, double eps) {
@@ -281,9 +288,22 @@ Three group_norm(const at::Tensor& x, const std::optional<at::Tensor>& w, const 
   return to_device(at::native_group_norm(hx.contiguous(), hw, hb, n.expect_int(), c.expect_int(), hxw.expect_int(),
       groups, eps));
 }
-int64_t sdp_choice(const at::Tensor&, const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, double,
-                   bool, std::optional<double>, bool) {
-  return 0;  // the math path
+// Fused, as on a GPU, where nothing but an inference is asked for: written out it takes seven times as long.
+using Attention = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, c10::SymInt, c10::SymInt, at::Tensor,
+                             at::Tensor, at::Tensor>;
+int64_t sdp_choice(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& bias,
+                   double dropout, bool, std::optional<double>, bool grouped) {
+  bool learns = at::GradMode::is_enabled() &&
+      (q.requires_grad() || k.requires_grad() || v.requires_grad() || (bias && bias->requires_grad()));
+  bool fused = dropout == 0 && !grouped && !learns && q.dim() == 4 && k.dim() == 4 && v.dim() == 4;
+  return static_cast<int64_t>(fused ? at::SDPBackend::overrideable : at::SDPBackend::math);
+}
+Attention attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& bias,
+                    double, bool causal, bool, std::optional<double> scale) {
+  begin_operator();
+  auto of = [](const std::optional<at::Tensor>& t) { return read(t, "scaled_dot_product_attention"); };
+  auto out = to_device(at::scaled_dot_product_attention(*of(q), *of(k), *of(v), of(bias), 0.0, causal, scale));
+  return {out, {}, {}, {}, q.sym_size(2), k.sym_size(2), {}, {}, {}};  // what only a backward pass wants is not there
 }
 
 static bool is_generator(const c10::Argument& a) {
@@ -346,6 +366,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("native_layer_norm", layer_norm);
   m.impl("native_group_norm", group_norm);
   m.impl("_fused_sdp_choice", sdp_choice);
+  m.impl("_scaled_dot_product_fused_attention_overrideable", attention);
 }
 
 // -------------------------------------------------------------- Python's side
@@ -370,6 +391,10 @@ static void configure(int64_t capacity, double h2d, double d2h, double pageable)
   S.pageable_gbps = pageable;
 }
 }  // namespace sim
+
+namespace at::native {
+REGISTER_PRIVATEUSE1_DISPATCH(_fused_sdp_choice_stub, &sim::sdp_choice)
+}
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace sim;
