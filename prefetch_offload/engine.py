@@ -212,6 +212,7 @@ class Engine(Moves):
             client.memory.budget = budget
             client.memory.alone.clear()
             client.memory.tight.clear()
+            client.former, client.aside = client.plan or client.former, "the budget was set again"
             client.plan, client.shares, client.heads = None, {}, {}
             if isinstance(budget, int):
                 view, protected = self.residency.view(), self._protected(None)
@@ -347,6 +348,7 @@ class Engine(Moves):
             if failed:
                 client.order.start()
                 return
+            client.followed, client.followed_because = client.plan, client.planned_because
             client.order.finish()
             client.memory.commit()
             self.fill_idle(client)

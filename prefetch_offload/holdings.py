@@ -68,6 +68,8 @@ class Client:
         heads: by component key, the units that those begin with.
         plan: what the shares come from; None before a call has been measured.
         planned_because: why it was made, or made anew.
+        followed, followed_because: the plan that the last complete call ran by, and why it was made; None: it had none.
+        former: the plan before, while there is none: it was put aside, since `aside`.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -86,6 +88,10 @@ class Client:
         self.heads: dict[str, tuple[str, ...]] = {}
         self.plan: CallPlan | None = None
         self.planned_because = ""
+        self.followed: CallPlan | None = None
+        self.followed_because = ""
+        self.former: CallPlan | None = None
+        self.aside = ""
         self.number = next(_clients)
 
     @property

@@ -198,7 +198,7 @@ def _last_call(timeline: Timeline, client: Client) -> LastCall | None:
         return None
     call = calls[-1]
     inside = [s for s in timeline.spans if call.start_ms - 1e-3 <= s.start_ms < call.end_ms]
-    plan = client.plan if client.calls > 1 else None  # the first call ran before there was one
+    plan = client.followed
     predicted = plan.prediction if plan is not None else None
     rows = []
     for key, component in client.components.items():
@@ -219,7 +219,7 @@ def _last_call(timeline: Timeline, client: Client) -> LastCall | None:
         ms=call.duration_ms,
         predicted_ms=predicted.call_ms if predicted is not None else None,
         bound_ms=plan.bound_ms if plan is not None else None,
-        planned_because=client.planned_because if plan is not None else "",
+        planned_because=client.followed_because if plan is not None else "",
         components=tuple(rows),
     )
 
