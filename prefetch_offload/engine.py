@@ -297,7 +297,7 @@ class Engine(Moves):
                         self._refresh(component, sampled=False)
                 client.memory.overhead_nbytes = self.transport.overhead_nbytes
                 replan(self, client)
-                self.recorder.call_started(f"call {client.calls + 1}", client.number)
+                self.recorder.call_started(f"call {client.calls + 1}", client.number, client.components)
                 self._take_baseline(client)
                 for component in client.components.values():
                     if not component.bound:
@@ -344,7 +344,7 @@ class Engine(Moves):
             client.entered.clear()
             client.available, client.ceiling = 0, None
             client.calls += 1
-            self.recorder.call_ended(failed)
+            client.last_call = self.recorder.call_ended(client.number, client.components, failed, client.last_call)
             if failed:
                 client.order.start()
                 return

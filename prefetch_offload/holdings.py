@@ -24,6 +24,7 @@ from .host import Pins
 from .masters import SlabUnit, Unit, modules_of
 from .native import NativeComponent
 from .planner import EntryPlan
+from .recorder import Call as RecordedCall
 from .recorder import Recorder
 from .residency import Await, Drop, Dropped, Instruction, Load, LoadFailed, Needed, Prefetched, Residency, State
 from .strategy import CallPlan
@@ -68,7 +69,8 @@ class Client:
         heads: by component key, the units that those begin with.
         plan: what the shares come from; None before a call has been measured.
         planned_because: why it was made, or made anew.
-        followed, followed_because: the plan that the last complete call ran by, and why it was made; None: it had none.
+        last_call: what was recorded of the last complete call.
+        followed, followed_because: the plan that it ran by, and why that was made; None: it had none.
         former: the plan before, while there is none: it was put aside, since `aside`.
     """
 
@@ -88,6 +90,7 @@ class Client:
         self.heads: dict[str, tuple[str, ...]] = {}
         self.plan: CallPlan | None = None
         self.planned_because = ""
+        self.last_call: RecordedCall | None = None
         self.followed: CallPlan | None = None
         self.followed_because = ""
         self.former: CallPlan | None = None

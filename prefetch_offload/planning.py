@@ -26,7 +26,7 @@ def measure(engine: Engine, client: Client) -> None:
     """Take over what the device has measured by now: times of units and of passes, and the link."""
     for component in client.components.values():
         component.time_units()
-    for key, ms in engine.recorder.run_ms().items():
+    for key, ms in engine.recorder.run_ms(client.last_call).items() if client.last_call is not None else ():
         component = client.components.get(key)  # type: ignore[assignment]
         if component is not None:
             component.pass_ms = ms
