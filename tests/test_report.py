@@ -17,7 +17,7 @@ from benchmarks.plots import timeline_of
 from prefetch_offload import Offload, planning, recorder
 from prefetch_offload.recorder import Recorder, _Mark
 from prefetch_offload.report import FIGURES
-from prefetch_offload.simulator import Link, Workload
+from prefetch_offload.simulator import ComponentLoad, Link, Workload, simulate
 from prefetch_offload.strategy import balanced
 from prefetch_offload.testing.pipelines import lora_state_dict, scaled
 from prefetch_offload.trace import overlap_ms
@@ -238,3 +238,40 @@ def test_a_call_that_failed_is_not_the_last_one(stream: Any) -> None:
         BLOCKS["flux"].call(pipe, steps=5, height=16, width=16, callback_on_step_end=fail)
     assert offload.stats.last_call == before
     assert offload.stats.calls == 4
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.8, 1.2])
+def test_a_prediction_is_what_its_timeline_shows(share: float) -> None:
+    """Passes that are left out of the timeline are counted in; with all of them, figures are those of the spans."""
+    sizes = {"text": 3, "unet": 8, "vae": 2}
+    loads = {
+        name: ComponentLoad(tuple(f"{name}{i}" for i in range(n)), {f"{name}{i}": 100 << 20 for i in range(n)},
+                            {f"{name}{i}": 3.0 + i for i in range(n)}, 10 << 20)
+        for name, n in sizes.items()
+    }  # fmt: skip
+    workload = Workload(loads, (("text", 1), ("unet", 9), ("vae", 1)))
+    budget, link = max(int(share * (1300 << 20)), workload.smallest_budget_nbytes), Link(25.0)
+    shares = balanced(workload, budget, link)
+    short, full = (simulate(workload, shares, budget, link, 3, every_pass=every) for every in (False, True))
+    assert len(full.timeline.spans) > len(short.timeline.spans)
+    for field in dataclasses.fields(short):
+        if field.name in ("timeline", "start_ms"):
+            continue
+        mine, theirs = getattr(short, field.name), getattr(full, field.name)
+        assert mine == (pytest.approx(theirs) if "ms" in field.name else theirs), field.name
+    end_ms = full.start_ms + full.call_ms
+    inside = [s for s in full.timeline.spans if s.track != "copy" and full.start_ms - 1e-6 <= s.start_ms < end_ms - 1e-6]
+    waits = [(s.start_ms, s.end_ms) for s in inside if s.track == "stalls"]
+    copies = [s for s in full.timeline.spans if s.track == "copy"]
+    every = simulate(workload, shares, budget, link, 2, every_pass=True).timeline.spans
+    for name in sizes:
+        mine = [(s.start_ms, s.end_ms) for s in copies if s.name == name]
+        assert full.exposed_ms.get(name, 0.0) == pytest.approx(overlap_ms(mine, waits), abs=1e-6)
+        assert full.stalled_ms.get(name, 0.0) == pytest.approx(sum(s.duration_ms for s in inside
+                                                               if s.track == "stalls" and s.name == name))  # fmt: skip
+        assert full.copies.get(name, 0) == len(mine) - sum(s.track == "copy" and s.name == name for s in every)
+        assert full.copies.get(name, 0) <= full.hits[name] + full.misses[name]
+    assert full.link_gbps == pytest.approx(sum(full.copies.values()) * (100 << 20) / full.call_ms / 1e6)
+    assert 0 <= full.link_gbps <= 25 * full.link_use <= 25
+    assert (full.link_use > 0) == (share < 1.2)
+    assert simulate(workload, shares, budget, link, 3, records=False).copies == {}
