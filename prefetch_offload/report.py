@@ -231,8 +231,9 @@ def _last_call(engine: Engine, client: Client) -> LastCall | None:
     call, plan = client.last_call, client.followed
     if call is None or call.mark is None:
         return None
-    times = engine.recorder.times(call, "copy", "stalls")
-    earlier = engine.recorder.times(call, "copy", before=True)
+    with engine.lock:
+        times = engine.recorder.times(call, "copy", "stalls")
+        earlier = engine.recorder.times(call, "copy", before=True)
     waits = [span for of in times.values() if of is not None for span in of["stalls"]]
     predicted = plan.prediction if plan is not None else None
     rows = []

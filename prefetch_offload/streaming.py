@@ -192,7 +192,8 @@ class Stream:
             else:
                 hits += 1
         if hits or misses:
-            self.engine.recorder.met(self.component.key, hits, misses)
+            with self.engine.lock:  # other threads count, too
+                self.engine.recorder.met(self.component.key, hits, misses)
 
     def _fetch(self, units: tuple[str, ...]) -> None:
         engine, window = self.engine, self.window
