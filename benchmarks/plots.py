@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prefetch_offload.commands import curve, picture
-from prefetch_offload.trace import TRACKS, Level, Span, Timeline
+from prefetch_offload.trace import MEASURED, TRACKS, Level, Span, Timeline
 
 from .rows import Row, by_scene, latest, read
 
@@ -76,17 +76,19 @@ def draw(paths: list[Path]) -> list[Path]:
 
 
 def timeline_of(path: Path) -> Timeline:
-    """What `Offload.trace` wrote."""
+    """What `Offload.trace` wrote, without what was predicted."""
     record = json.loads(path.read_text())
     spans, levels = [], []
     for event in record["traceEvents"]:
+        if event["pid"] != MEASURED:
+            continue  # what was predicted
         if event["ph"] == "X":
             track = TRACKS[event["tid"]]
             spans.append(Span(track, event["name"], event["ts"] / 1e3, event["dur"] / 1e3, event["args"]))
         elif event["ph"] == "C":
             levels.append(Level(event["ts"] / 1e3, round(event["args"]["MiB"] * 2**20)))
     about = record["otherData"]
-    return Timeline(tuple(spans), tuple(levels), about["simulated"], about["device"])
+    return Timeline(tuple(spans), tuple(levels), about["simulated"], about["device"], about.get("dropped", 0))
 
 
 def _memory(axes: Any, rows: list[Row]) -> None:

@@ -212,6 +212,7 @@ class Engine(Moves):
             client.memory.budget = budget
             client.memory.alone.clear()
             client.memory.tight.clear()
+            client.former, client.aside = client.plan or client.former, "the budget was set again"
             client.plan, client.shares, client.heads = None, {}, {}
             if isinstance(budget, int):
                 view, protected = self.residency.view(), self._protected(None)
@@ -296,7 +297,7 @@ class Engine(Moves):
                         self._refresh(component, sampled=False)
                 client.memory.overhead_nbytes = self.transport.overhead_nbytes
                 replan(self, client)
-                self.recorder.call_started(f"call {client.calls + 1}", client.number)
+                self.recorder.call_started(f"call {client.calls + 1}", client.number, client.components)
                 self._take_baseline(client)
                 for component in client.components.values():
                     if not component.bound:
@@ -343,10 +344,11 @@ class Engine(Moves):
             client.entered.clear()
             client.available, client.ceiling = 0, None
             client.calls += 1
-            self.recorder.call_ended(failed)
+            client.last_call = self.recorder.call_ended(client.number, client.components, failed, client.last_call)
             if failed:
                 client.order.start()
                 return
+            client.followed, client.followed_because = client.plan, client.planned_because
             client.order.finish()
             client.memory.commit()
             self.fill_idle(client)

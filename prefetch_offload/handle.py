@@ -157,8 +157,9 @@ class Offload:
         return self._engine.timeline()
 
     def trace(self, path: str | Path) -> None:
-        """Write the timeline to `path` as a Chrome trace; Perfetto opens it."""
-        tracing.write(self.timeline(), path)
+        """Write the timeline to `path` as a Chrome trace, with what was predicted beside the last call; Perfetto opens it."""
+        timeline = self.timeline()
+        tracing.write(timeline, path, reporting.predicted(self._session.client, timeline))
 
     @property
     def plan(self) -> reporting.Plan:

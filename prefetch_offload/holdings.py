@@ -24,6 +24,7 @@ from .host import Pins
 from .masters import SlabUnit, Unit, modules_of
 from .native import NativeComponent
 from .planner import EntryPlan
+from .recorder import Call as RecordedCall
 from .recorder import Recorder
 from .residency import Await, Drop, Dropped, Instruction, Load, LoadFailed, Needed, Prefetched, Residency, State
 from .strategy import CallPlan
@@ -68,6 +69,9 @@ class Client:
         heads: by component key, the units that those begin with.
         plan: what the shares come from; None before a call has been measured.
         planned_because: why it was made, or made anew.
+        last_call: what was recorded of the last complete call.
+        followed, followed_because: the plan that it ran by, and why that was made; None: it had none.
+        former: the plan before, while there is none: it was put aside, since `aside`.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -86,6 +90,11 @@ class Client:
         self.heads: dict[str, tuple[str, ...]] = {}
         self.plan: CallPlan | None = None
         self.planned_because = ""
+        self.last_call: RecordedCall | None = None
+        self.followed: CallPlan | None = None
+        self.followed_because = ""
+        self.former: CallPlan | None = None
+        self.aside = ""
         self.number = next(_clients)
 
     @property

@@ -26,7 +26,7 @@ def measure(engine: Engine, client: Client) -> None:
     """Take over what the device has measured by now: times of units and of passes, and the link."""
     for component in client.components.values():
         component.time_units()
-    for key, ms in engine.recorder.run_ms().items():
+    for key, ms in engine.recorder.run_ms(client.last_call).items() if client.last_call is not None else ():
         component = client.components.get(key)  # type: ignore[assignment]
         if component is not None:
             component.pass_ms = ms
@@ -134,7 +134,7 @@ def replan(engine: Engine, client: Client) -> None:
         return
     if client.memory.alone or client.memory.tight:
         budget = min(budget, engine.available(client))  # the device has less than it said
-    why = _difference(client.plan, workload, budget)
+    why = _reason(client, workload, budget)
     if not why:
         if client.plan is not None and measured:  # the same shares; what they come to is by the latest figures
             client.plan = dataclasses.replace(client.plan, workload=workload, link=engine.link)
@@ -143,14 +143,29 @@ def replan(engine: Engine, client: Client) -> None:
     try:
         client.plan = plan_call(workload, budget, engine.link, client.settings.strategy)
     except BudgetError:
+        client.former, client.aside = client.plan or client.former, "the last call did not fit"
         client.plan = None  # the component that does not fit says so when it is entered
     engine.adopt_plan(client)
 
 
-def _difference(plan: CallPlan | None, workload: Workload, budget: int) -> str:
-    """What a plan was not made for; empty: nothing."""
-    if plan is None:
+def _reason(client: Client, workload: Workload, budget: int) -> str:
+    """Why a plan is to be made; empty: there is one for this."""
+    if client.plan is not None:
+        return _difference(client.plan, workload, budget)
+    former = client.former
+    if former is None:
         return "first plan"
+    same = dataclasses.replace(former, budget_nbytes=budget)
+    reasons = [_budgets(former, budget), _difference(same, workload, budget)]
+    return "; ".join(filter(None, reasons)) or client.aside
+
+
+def _budgets(plan: CallPlan, budget: int) -> str:
+    return "" if _near(plan.budget_nbytes, budget, 1.02) else f"another budget: {plan.budget_nbytes} -> {budget} bytes"
+
+
+def _difference(plan: CallPlan, workload: Workload, budget: int) -> str:
+    """What a plan was not made for; empty: nothing."""
     before, now = plan.workload.components, workload.components
     if [n for n, _ in plan.workload.runs] != [n for n, _ in workload.runs]:
         return "another order of components"
@@ -163,8 +178,8 @@ def _difference(plan: CallPlan | None, workload: Workload, budget: int) -> str:
         return "other numbers of passes: " + ", ".join(f"{was} -> {p}" for (_, was), (_, p) in passes if was != p)
     if any(not _near(before[n].activation_nbytes, now[n].activation_nbytes, 1.05) for n in now):
         return "other activation memory"
-    if not _near(plan.budget_nbytes, budget, 1.02):
-        return f"another budget: {plan.budget_nbytes} -> {budget} bytes"
+    if _budgets(plan, budget):
+        return _budgets(plan, budget)
     if not all(before[n].units == now[n].units and before[n].must == now[n].must for n in now):
         return "another order of units"
     if not _near(plan.found_for_ms, workload.compute_ms, _COMPUTE_CHANGE):

@@ -5,20 +5,74 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from array import array
 from collections import Counter, deque
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from .device import Lanes
-from .trace import Level, Span, Timeline
+from .trace import Level, Span, Timeline, total_ms
 
 if TYPE_CHECKING:
     from .transport import Flight
 
-# Spans kept. Older ones leave the trace; the totals keep counting.
-KEPT = 8192
+# Spans kept, each with its two or three events: a call of full-size Flux within 8 GiB, 28 steps, makes 9,300. Older ones leave
+# the trace; totals and the figures of the last call keep counting.
+KEPT = 16384
+
+# (start, end) in milliseconds since a call began.
+Times = list[tuple[float, float]]
+
+
+@dataclass(slots=True)
+class Figures:
+    """What one component did in one call, and since its pipeline's call before that: copies for a call may begin when the one
+    before it ends.
+
+    Attributes:
+        began: when the call did; None: it has not, or the component came later.
+        hits, misses: see `Recorder.met`.
+        passes: how often it was called.
+        left: by track, (start, end, start, end, ...) of spans that are kept no more, in milliseconds since `began`.
+        over: nobody asks any more.
+    """
+
+    began: torch.Event | None = None
+    hits: int = 0
+    misses: int = 0
+    passes: int = 0
+    left: dict[str, array[float]] = field(default_factory=dict)
+    over: bool = False
+
+    def add(self, mark: _Mark) -> None:
+        """`mark`, which has happened, is kept no more."""
+        self.left.setdefault(mark.track, array("d")).extend(mark.since(self.began))
+
+    def times(self, track: str, event: torch.Event | None) -> Times:
+        """Those of `left`, in milliseconds since `event`."""
+        left = self.left.get(track, ())
+        if not left or event is None or self.began is None or event is self.began:
+            return list(zip(left[::2], left[1::2], strict=True))
+        shift = float(event.elapsed_time(self.began))
+        return [(start + shift, end + shift) for start, end in zip(left[::2], left[1::2], strict=True)]
+
+
+class Call(NamedTuple):
+    """A complete call of `client`.
+
+    Attributes:
+        mark: None: components ran by themselves.
+        figures: by component key, what they did.
+        before: the same of the complete call before it: copies that it began for this one may have come in this one.
+    """
+
+    client: int
+    mark: _Mark | None
+    figures: Mapping[str, Figures]
+    before: Mapping[str, Figures]
 
 
 @dataclass
@@ -26,9 +80,10 @@ class ComponentTotals:
     """What one component cost since recording began. Bytes and counts; times come from the spans."""
 
     entries: int = 0
-    hits: int = 0  # units that were there, or on their way, when needed
-    misses: int = 0  # units that had to be loaded then
+    hits: int = 0  # see `Recorder.met`
+    misses: int = 0
     h2d_nbytes: int = 0
+    call: Figures = field(default_factory=Figures)  # of the call that is in progress, or the next one
 
 
 @dataclass(slots=True)
@@ -39,6 +94,20 @@ class _Mark:
     end: torch.Event | None
     args: dict[str, object] = field(default_factory=dict)
     arrived: torch.Event | None = None  # of a unit that travels encoded: behind its copy, before what it is turned into
+    call: Figures | None = None  # what it counts for
+
+    def since(self, event: torch.Event | None) -> tuple[float, float]:
+        """Start and end in milliseconds since `event`; None: it was over by then."""
+        duration = self.duration_ms()
+        start = float(event.elapsed_time(self.start)) if event is not None else -duration
+        return start, start + duration
+
+    def happened(self) -> bool:
+        return self.end is not None and self.end.query()
+
+    def duration_ms(self) -> float:
+        # Not the difference of two offsets: they are single precision, and coarse hours after the base event.
+        return max(0.0, float(self.start.elapsed_time(self.end)))
 
 
 _NO_STALL = contextlib.nullcontext()
@@ -48,7 +117,8 @@ class _Stall:
     """See `Recorder.stall`."""
 
     def __init__(self, recorder: Recorder, key: str, name: str) -> None:
-        self._recorder, self._mark = recorder, _Mark("stalls", name, recorder._now(), None, {"component": key})
+        call = recorder.of(key).call
+        self._recorder, self._mark = recorder, _Mark("stalls", name, recorder._now(), None, {"component": key}, None, call)
 
     def __enter__(self) -> None:
         pass
@@ -56,7 +126,7 @@ class _Stall:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if kind is None:
             self._mark.end = self._recorder._now()
-            self._recorder._marks.append(self._mark)
+            self._recorder._keep(self._mark)
 
 
 class Recorder:
@@ -65,6 +135,7 @@ class Recorder:
     Attributes:
         counts: how often something noteworthy happened (``ladder``, ``prefetch refused``).
         totals: by component key.
+        dropped: spans that are kept no more.
     """
 
     def __init__(self, lanes: Lanes) -> None:
@@ -72,10 +143,11 @@ class Recorder:
         self.counts: Counter[str] = Counter()
         self.totals: dict[str, ComponentTotals] = {}
         self.owner: dict[str, tuple[str, str]] = {}  # unit key -> its component's key and name
-        self._marks: deque[_Mark] = deque(maxlen=KEPT)
+        self.dropped = 0
+        self._marks: deque[_Mark] = deque()
         self._levels: deque[tuple[torch.Event, int]] = deque(maxlen=KEPT)
         self._run: _Mark | None = None
-        self._call: _Mark | None = None
+        self._begun: dict[int, _Mark] = {}  # calls in progress, by client
         self._base: torch.Event | None = None
         self.host_base = time.perf_counter()
 
@@ -86,39 +158,66 @@ class Recorder:
             self.host_base = time.perf_counter()
         return event
 
+    def _keep(self, mark: _Mark) -> None:
+        """The oldest one leaves for it, unless the device has not come so far."""
+        marks = self._marks
+        marks.append(mark)
+        for _ in range(2):  # one more than comes: what had to wait for the device goes, too
+            if len(marks) <= KEPT or not marks[0].happened():
+                return
+            oldest = marks.popleft()
+            self.dropped += 1
+            if oldest.call is not None and not oldest.call.over:
+                oldest.call.add(oldest)
+
     # ------------------------------------------------------------------ events
     def passed(self) -> None:
         """What runs begins a pass."""
         if self._run is not None:
             self._run.args["passes"] = int(self._run.args.get("passes", 0)) + 1  # type: ignore[call-overload]
+            if self._run.call is not None:
+                self._run.call.passes += 1
 
     def count(self, what: str) -> None:
         self.counts[what] += 1
 
-    def call_started(self, name: str, client: int) -> None:
-        self._call = _Mark("calls", name, self._now(), None, {"client": client})
+    def call_started(self, name: str, client: int, components: Iterable[str]) -> None:
+        """A call of `client` begins, which has these components."""
+        now = self._now()
+        self._begun[client] = _Mark("calls", name, now, None, {"client": client})
+        for key in components:
+            self.of(key).call.began = now
 
-    def call_ended(self, failed: bool) -> None:
+    def call_ended(self, client: int, components: Iterable[str], failed: bool, last: Call | None) -> Call | None:
+        """The call of `client` is over. Returns what its components did, or `last`, the call before, if this one is no measure
+        of the next: it failed, or components ran by themselves."""
         self.left()
-        if self._call is not None:
-            self._call.end = self._now()
-            self._call.args["failed"] = failed
-            self._marks.append(self._call)
-            self._call = None
+        mark = self._begun.pop(client, None)
+        if mark is not None:
+            mark.end = self._now()
+            mark.args["failed"] = failed
+            self._keep(mark)
+        figures = {key: self.of(key).call for key in components}
+        for key in figures:
+            self.totals[key].call = Figures()
+        stays = failed or (mark is None and last is not None)
+        for gone in (figures if stays else last.before if last is not None else {}).values():
+            gone.over = True
+        return last if stays else Call(client, mark, figures, last.figures if last is not None else {})
 
     def entered(self, key: str, name: str, held_nbytes: int) -> None:
         """Component `key`, called `name`, runs from now on; weights take `held_nbytes` on the device."""
         self.left()
-        now = self._now()
-        self._run = _Mark("compute", name, now, None, {"component": key})
+        now, totals = self._now(), self.of(key)
+        self._run = _Mark("compute", name, now, None, {"component": key}, None, totals.call)
         self._levels.append((now, held_nbytes))
-        self.of(key).entries += 1
+        totals.entries += 1
 
     def left(self) -> None:
         """What ran last does so no more: another component is being entered, or the call is over."""
         if self._run is not None:
             self._run.end = self._now()
-            self._marks.append(self._run)
+            self._keep(self._run)
             self._run = None
 
     def of(self, key: str) -> ComponentTotals:
@@ -129,17 +228,24 @@ class Recorder:
         return totals
 
     def met(self, key: str, hits: int, misses: int) -> None:
-        """On entering component `key`, so many of its units were there or on their way, and so many were not."""
+        """So many units of component `key` were there or on their way when they were needed, and so many were not.
+
+        A unit is needed when its component is entered, if that is to hold it then; later, when it is read for the first
+        time since it left.
+        """
         totals = self.of(key)
         totals.hits += hits
         totals.misses += misses
+        totals.call.hits += hits
+        totals.call.misses += misses
 
     def copied(self, flight: Flight, ahead: bool, held_nbytes: int) -> None:
         """A unit's copy was enqueued, `ahead` of use or because it is needed now; weights take `held_nbytes` then."""
         key, name = self.owner[flight.unit.key]
-        self.of(key).h2d_nbytes += flight.unit.payload_nbytes
+        totals = self.of(key)
+        totals.h2d_nbytes += flight.unit.payload_nbytes
         args = {"component": key, "unit": flight.unit.key, "nbytes": flight.unit.payload_nbytes, "prefetch": ahead}
-        self._marks.append(_Mark("copy", name, flight.start, flight.ready, args, flight.arrived))
+        self._keep(_Mark("copy", name, flight.start, flight.ready, args, flight.arrived, totals.call))
         self._levels.append((flight.start, held_nbytes))
 
     def stall(self, key: str, name: str, waits: bool) -> contextlib.AbstractContextManager[object]:
@@ -161,21 +267,48 @@ class Recorder:
                 if ended > 1:
                     break
                 continue
-            if mark.track == track and mark.end is not None and mark.end.query():
+            if mark.track == track and mark.happened():
                 found.append(mark)
         return found
 
-    def run_ms(self) -> dict[str, float]:
-        """By component key, what a pass of its last call computed, without the waits for copies."""
-        ms: Counter[str] = Counter()
-        passes: Counter[str] = Counter()
-        for mark in self._recent("compute"):
-            key = str(mark.args["component"])
-            ms[key] += float(mark.start.elapsed_time(mark.end))  # type: ignore[assignment]
-            passes[key] += int(mark.args.get("passes", 0))  # type: ignore[call-overload]
-        for mark in self._recent("stalls"):
-            ms[str(mark.args["component"])] -= float(mark.start.elapsed_time(mark.end))  # type: ignore[assignment]
-        return {key: max(0.0, ms[key]) / n for key, n in passes.items() if n}
+    def times(self, call: Call, *tracks: str, before: bool = False) -> dict[str, dict[str, Times] | None]:
+        """By component key and track, the spans of `call`, those included that are kept no more; None: the device has not come
+        to their end.
+
+        Args:
+            call: the last one of its client.
+            before: those of the call before instead.
+        """
+        found: dict[str, dict[str, Times] | None] = {}
+        keys: dict[int, str] = {}
+        began = call.mark.start if call.mark is not None else None
+        for key, figures in (call.before if before else call.figures).items():
+            keys[id(figures)] = key
+            found[key] = {track: figures.times(track, began) for track in tracks}
+        ended = 0
+        for mark in reversed(self._marks):
+            if mark.track == "calls" and (ended or mark is call.mark) and mark.args["client"] == call.client:
+                ended += 1
+                if ended > 1 + before:
+                    break  # what is older was for calls before
+            key = keys.get(id(mark.call))
+            if key is None or mark.track not in tracks:
+                continue
+            mine = found[key]
+            if not mark.happened():
+                found[key] = None
+            elif mine is not None:
+                mine[mark.track].append(mark.since(began))
+        return found
+
+    def run_ms(self, call: Call) -> dict[str, float]:
+        """By component key, what a pass of it computed in `call`, without the waits for copies."""
+        ms: dict[str, float] = {}
+        for key, times in self.times(call, "compute", "stalls").items():
+            passes = call.figures[key].passes
+            if times is not None and passes:
+                ms[key] = max(0.0, total_ms(times["compute"]) - total_ms(times["stalls"])) / passes
+        return ms
 
     def link_gbps(self) -> float | None:
         """What the link gave in the last call's copies from pinned memory; None: there were none."""
@@ -200,7 +333,7 @@ class Recorder:
         self._lanes.synchronize()
         base = self._base
         if base is None:
-            return Timeline((), (), simulated, str(self._lanes.device))
+            return Timeline((), (), simulated, str(self._lanes.device), self.dropped)
 
         def at(event: torch.Event) -> float:
             return float(base.elapsed_time(event))
@@ -208,9 +341,8 @@ class Recorder:
         spans = []
         for mark in self._marks:
             if mark.end is not None:
-                # Not the difference of two offsets: they are single precision, and coarse hours after the base event.
-                duration = max(0.0, float(mark.start.elapsed_time(mark.end)))
-                spans.append(Span(mark.track, mark.name, at(mark.start), duration, mark.args))  # type: ignore[arg-type]
+                spans.append(Span(mark.track, mark.name, at(mark.start), mark.duration_ms(), mark.args))  # type: ignore[arg-type]
         levels = tuple(Level(at(event), nbytes) for event, nbytes in self._levels)
         levels = tuple(sorted(levels, key=lambda level: level.start_ms))
-        return Timeline(tuple(sorted(spans, key=lambda s: s.start_ms)), levels, simulated, str(self._lanes.device))
+        ordered = tuple(sorted(spans, key=lambda s: s.start_ms))
+        return Timeline(ordered, levels, simulated, str(self._lanes.device), self.dropped)

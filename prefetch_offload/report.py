@@ -11,12 +11,23 @@ from rich.console import Console
 from rich.table import Table
 
 from .config import MIB
-from .trace import Timeline, busy_ms
+from .trace import Span, Timeline, busy_ms, overlap_ms, total_ms, within
 
 if TYPE_CHECKING:
     from .component import Component
     from .engine import Engine
     from .holdings import Client
+    from .simulator import Prediction
+
+# What is compared of each component, and how it is headed in the report.
+FIGURES = {
+    "copies": "copies",
+    "hidden_ms": "hidden ms",
+    "exposed_ms": "exposed ms",
+    "stalled_ms": "stalled ms",
+    "hits": "hits",
+    "misses": "misses",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +49,11 @@ class ComponentStats:
         pinned: all of it is in pinned host memory, so it can be prefetched.
         activation_nbytes: device memory in use besides weights while it ran, at most; None: not measured yet.
         entries: how often the pipeline switched to it.
-        hits, misses: units that were there, or on their way, when it was entered, and units that were not.
+        hits, misses: units that were there, or on their way, when they were needed, and units that were not. See `Compared`.
         h2d_nbytes: bytes copied to the device.
         copy_ms: time its copies took on the copy stream.
-        exposed_ms: time that compute waited for them.
+        exposed_ms: the part of it in which compute waited, for them or for others.
+        stalled_ms: time that compute waited to read its units.
         compute_ms: time from entering it to entering the next.
         graphs: graphs that torch.compile made while it ran, recompiled ones included; None: this PyTorch does not tell.
         graph_breaks: how often compiled code had to be cut; None as above.
@@ -70,6 +82,7 @@ class ComponentStats:
     link_nbytes: int = 0
     host_nbytes: int = 0
     filed_nbytes: int = 0
+    stalled_ms: float = 0.0
 
     @property
     def hidden_ms(self) -> float:
@@ -79,20 +92,39 @@ class ComponentStats:
 
 @dataclasses.dataclass(frozen=True)
 class Compared:
-    """One component in the last call: measured beside predicted. Times in milliseconds.
+    """One component in the last call: measured, and as the call's plan predicted it for a call in the steady state.
+
+    A call has the copies that were begun from the end of the call before to its own end. The last of them may be for the call
+    after it; in the steady state the call before began as many for this one.
 
     Attributes:
         streamed_nbytes: bytes of its units that do not stay from pass to pass.
-        hidden_ms, exposed_ms: copy time that compute did not wait for, and the time that it waited.
-        predicted_hidden_ms, predicted_exposed_ms: the same by the plan; None: there was no plan.
+        copies: units copied to the device.
+        exposed_ms: the time in which its units were being copied while compute waited, for them or for others.
+        hidden_ms: the rest of the time that its copies took on the copy stream.
+        stalled_ms: the time that compute waited to read its units. It may be for copies of another component that are ahead
+            of its own; over all components, this and `exposed_ms` differ by waits in which nothing was copied.
+        hits: units that were on the device or on their way when they were needed. Needed is what a component is to hold when
+            it is entered, and later any unit that is read for the first time since it left.
+        misses: units that were not: their copies began only then.
+        predicted_copies, predicted_hidden_ms, predicted_exposed_ms, predicted_stalled_ms, predicted_hits, predicted_misses:
+            the same by the plan; None: there was no plan.
     """
 
     name: str
     streamed_nbytes: int
+    copies: int
     hidden_ms: float
     exposed_ms: float
+    stalled_ms: float
+    hits: int
+    misses: int
+    predicted_copies: int | None
     predicted_hidden_ms: float | None
     predicted_exposed_ms: float | None
+    predicted_stalled_ms: float | None
+    predicted_hits: int | None
+    predicted_misses: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +147,8 @@ class LastCall:
 
 @dataclasses.dataclass(frozen=True)
 class Stats:
-    """A snapshot. Times are the device's own, from the last few thousand spans; bytes and counts are totals.
+    """A snapshot. Times are the device's own; those of `components` are from the last few thousand spans, and so is the link.
+    Bytes and counts are totals, and `last_call` is complete.
 
     Attributes:
         simulated: made on the simulated accelerator.
@@ -129,6 +162,7 @@ class Stats:
         budget: as set.
         counts: noteworthy events: ``ladder`` (ran out of memory and tried again), ``prefetch refused``.
         last_call: the last complete call beside its plan; None: there was none.
+        dropped_spans: spans, the oldest ones, that times and traces do not have any more.
     """
 
     device: str
@@ -145,6 +179,7 @@ class Stats:
     link_gbps: float | None
     counts: dict[str, int]
     last_call: LastCall | None
+    dropped_spans: int = 0
 
     def to_json(self) -> str:
         """Everything, with the derived figures, as JSON."""
@@ -192,36 +227,68 @@ def _streamed(client: Client, component: Component) -> int:
     return sum(u.nbytes for u in component.units if share is not None and u.key not in share.keep)
 
 
-def _last_call(timeline: Timeline, client: Client) -> LastCall | None:
-    calls = [s for s in timeline.spans if s.track == "calls" and s.args.get("client") == client.number]
-    if not calls:
+def _last_call(engine: Engine, client: Client) -> LastCall | None:
+    call, plan = client.last_call, client.followed
+    if call is None or call.mark is None:
         return None
-    call = calls[-1]
-    inside = [s for s in timeline.spans if call.start_ms - 1e-3 <= s.start_ms < call.end_ms]
-    plan = client.plan if client.calls > 1 else None  # the first call ran before there was one
+    with engine.lock:
+        times = engine.recorder.times(call, "copy", "stalls")
+        earlier = engine.recorder.times(call, "copy", before=True)
+    waits = [span for of in times.values() if of is not None for span in of["stalls"]]
     predicted = plan.prediction if plan is not None else None
     rows = []
     for key, component in client.components.items():
-        copy = sum(s.duration_ms for s in inside if s.track == "copy" and s.args["component"] == key)
-        exposed = sum(s.duration_ms for s in inside if s.track == "stalls" and s.args["component"] == key)
-        hoped = [predicted.copy_ms.get(key, 0.0), predicted.exposed_ms.get(key, 0.0)] if predicted is not None else None
+        of, of_earlier = times.get(key) or {"copy": [], "stalls": []}, earlier.get(key) or {"copy": []}
+        figures = call.figures.get(key)
+        copy_ms, exposed_ms = total_ms(of["copy"]), overlap_ms([*of["copy"], *of_earlier["copy"]], waits)
         rows.append(
             Compared(
                 name=component.name,
                 streamed_nbytes=_streamed(client, component),
-                hidden_ms=max(0.0, copy - exposed),
-                exposed_ms=exposed,
-                predicted_hidden_ms=max(0.0, hoped[0] - hoped[1]) if hoped is not None else None,
-                predicted_exposed_ms=hoped[1] if hoped is not None else None,
+                copies=len(of["copy"]),
+                hidden_ms=max(0.0, copy_ms - exposed_ms),
+                exposed_ms=exposed_ms,
+                stalled_ms=total_ms(of["stalls"]),
+                hits=figures.hits if figures is not None else 0,
+                misses=figures.misses if figures is not None else 0,
+                **_predicted(predicted, key),
             )
         )
     return LastCall(
-        ms=call.duration_ms,
+        ms=call.mark.duration_ms(),
         predicted_ms=predicted.call_ms if predicted is not None else None,
         bound_ms=plan.bound_ms if plan is not None else None,
-        planned_because=client.planned_because if plan is not None else "",
+        planned_because=client.followed_because if plan is not None else "",
         components=tuple(rows),
     )
+
+
+def _predicted(of: Prediction | None, key: str) -> dict[str, Any]:
+    if of is None:
+        return {f"predicted_{what}": None for what in FIGURES}
+    exposed_ms = of.exposed_ms.get(key, 0.0)
+    return {
+        "predicted_copies": of.copies.get(key, 0),
+        "predicted_hidden_ms": max(0.0, of.copy_ms.get(key, 0.0) - exposed_ms),
+        "predicted_exposed_ms": exposed_ms,
+        "predicted_stalled_ms": of.stalled_ms.get(key, 0.0),
+        "predicted_hits": of.hits.get(key, 0),
+        "predicted_misses": of.misses.get(key, 0),
+    }
+
+
+def predicted(client: Client, timeline: Timeline) -> Timeline | None:
+    """What the plan of the client's last call expected of it, all passes, to lie beside that call in `timeline`."""
+    plan = client.followed
+    calls = [s for s in timeline.spans if s.track == "calls" and s.args["client"] == client.number and not s.args["failed"]]
+    if plan is None or not calls:
+        return None
+    shown, start_ms, length_ms = plan.last_call()
+    named = {key: component.name for key, component in client.components.items()}
+    spans = [dataclasses.replace(s, name=named.get(s.name, s.name)) for s in shown.spans]
+    spans.append(Span("calls", f"{calls[-1].name}, predicted", start_ms, length_ms))
+    shown = dataclasses.replace(shown, spans=tuple(sorted(spans, key=lambda s: s.start_ms)))
+    return within(shown, start_ms, start_ms + length_ms, calls[-1].start_ms - start_ms)
 
 
 def collect(engine: Engine, client: Client) -> Stats:
@@ -229,6 +296,7 @@ def collect(engine: Engine, client: Client) -> Stats:
     timeline = engine.timeline()
     recorder = engine.recorder
     components = []
+    waits = [(s.start_ms, s.end_ms) for s in timeline.spans if s.track == "stalls"]
     for component in client.components.values():
         totals = recorder.of(component.key)
         known = [a for (key, _), a in client.memory.activations.items() if key == component.key]  # type: ignore[misc]
@@ -243,7 +311,8 @@ def collect(engine: Engine, client: Client) -> Stats:
                 misses=totals.misses,
                 h2d_nbytes=totals.h2d_nbytes,
                 copy_ms=_on(timeline, "copy", component.key),
-                exposed_ms=_on(timeline, "stalls", component.key),
+                exposed_ms=overlap_ms(((s.start_ms, s.end_ms) for s in _of(timeline, "copy", component.key)), waits),
+                stalled_ms=_on(timeline, "stalls", component.key),
                 compute_ms=_on(timeline, "compute", component.key),
                 link_nbytes=sum(u.payload_nbytes for u in component.units),
                 host_nbytes=sum(u.host_nbytes for u in component.units),
@@ -268,7 +337,8 @@ def collect(engine: Engine, client: Client) -> Stats:
         pool_nbytes=engine.addresses.pool_nbytes if engine.addresses is not None else 0,
         link_gbps=moved / copy_ms / 1e6 if copy_ms > 0 else None,
         counts=dict(recorder.counts),
-        last_call=_last_call(timeline, client),
+        last_call=_last_call(engine, client),
+        dropped_spans=timeline.dropped,
     )
 
 
@@ -287,8 +357,12 @@ def _compiles(component: Component) -> dict[str, Any]:
     }
 
 
+def _of(timeline: Timeline, track: str, key: str) -> list[Span]:
+    return [s for s in timeline.spans if s.track == track and s.args.get("component") == key]
+
+
 def _on(timeline: Timeline, track: str, key: str) -> float:
-    return busy_ms(s for s in timeline.spans if s.track == track and s.args.get("component") == key)
+    return busy_ms(_of(timeline, track, key))
 
 
 def table(stats: Stats) -> Table:
@@ -315,24 +389,33 @@ def table(stats: Stats) -> Table:
 
 
 def comparison(last: LastCall) -> Table:
-    """The last call beside its plan."""
+    """The last call beside its plan: two rows for each component."""
     title = f"the last call: {last.ms:.1f} ms"
     if last.predicted_ms is not None and last.bound_ms is not None:
         title += f"; planned {last.predicted_ms:.1f} ms, physical limit {last.bound_ms:.1f} ms ({last.planned_because})"
     made = Table(title=title)
     made.add_column("component", no_wrap=True)
-    for heading in ("streamed MiB", "hidden ms", "planned", "exposed ms", "planned"):
+    made.add_column("")
+    for heading in ("streamed MiB", *FIGURES.values()):
         made.add_column(heading, justify="right")
     for c in last.components:
-        figures = (c.hidden_ms, c.predicted_hidden_ms, c.exposed_ms, c.predicted_exposed_ms)
-        made.add_row(c.name, f"{c.streamed_nbytes / MIB:.1f}", *("-" if f is None else f"{f:.1f}" for f in figures))
+        measured, planned = ([_cell(getattr(c, kind + what)) for what in FIGURES] for kind in ("", "predicted_"))
+        made.add_row(c.name, "measured", f"{c.streamed_nbytes / MIB:.1f}", *measured)
+        if last.predicted_ms is not None:
+            made.add_row("", "planned", "", *planned)
     return made
+
+
+def _cell(figure: float | None) -> str:
+    return "-" if figure is None else str(figure) if isinstance(figure, int) else f"{figure:.1f}"
 
 
 def summary(stats: Stats) -> str:
     """The figures that concern all components."""
     link = f"{stats.link_gbps:.2f} GB/s" if stats.link_gbps else "no copies"
     noted = "".join(f"; {what}: {n}" for what, n in stats.counts.items())
+    if stats.dropped_spans:
+        noted += f"; times are without the {stats.dropped_spans} oldest spans"
     return (
         f"to the device {stats.h2d_nbytes / MIB:.1f} MiB at {link}, back {stats.d2h_nbytes / MIB:.2f} MiB; pinned "
         f"{stats.pinned_nbytes / MIB:.1f} MiB; on the device now {stats.resident_nbytes / MIB:.1f} MiB, peak "

@@ -108,33 +108,60 @@ class Link:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the last simulated call does.
+    """What the last simulated call does; repeated passes are counted in.
 
     Attributes:
-        call_ms: from its start to the end of its last kernel; repeated passes are counted in.
-        exposed_ms: by component, the time that compute waits for its copies.
-        copy_ms: by component, the time its copies take.
+        call_ms: from its start to the end of its last kernel.
+        copy_ms: by component, the time that its copies take, those for the call after this one included.
+        stalled_ms: by component, the time that compute waits to read its units.
         h2d_nbytes: bytes copied in the call.
         peak_nbytes: the most device memory, weights and activations, at any time.
         timeline: of all simulated calls, repeated passes left out.
         first_ms: the first call, from an empty device.
+        start_ms: of this call, in the timeline.
+        link_gbps: what the link really carries, idle time included: `h2d_nbytes` over `call_ms`.
+        link_use: the part of the call in which something is copied (or turned into a unit behind its copy).
+        exposed_ms: by component, the part of `copy_ms` in which compute waits, for whatever. Like the following three,
+            empty where nothing was recorded.
+        copies: by component, how many units are copied.
+        hits, misses: by component, how often a unit that was needed was there or on its way, and how often it was not
+            (`Recorder.met`).
     """
 
     call_ms: float
-    exposed_ms: Mapping[str, float]
     copy_ms: Mapping[str, float]
+    stalled_ms: Mapping[str, float]
     h2d_nbytes: int
     peak_nbytes: int
     timeline: Timeline
     first_ms: float
+    start_ms: float
+    exposed_ms: Mapping[str, float]
+    copies: Mapping[str, int]
+    hits: Mapping[str, int]
+    misses: Mapping[str, int]
+
+    @property
+    def link_gbps(self) -> float:
+        return self.h2d_nbytes / self.call_ms / 1e6 if self.call_ms > 0 else 0.0
+
+    @property
+    def link_use(self) -> float:
+        # One copy at a time; what this call begins for the next one is as much as the one before began for it.
+        return min(1.0, sum(self.copy_ms.values()) / self.call_ms) if self.call_ms > 0 else 0.0
 
 
 @dataclass(frozen=True)
 class _Totals:
     ms: float
-    exposed: dict[str, float]
+    stalled: dict[str, float]
     copied: dict[str, float]
+    noted: dict[tuple[str, str], float]
     h2d_nbytes: int
+
+    def since(self, before: _Totals, what: str) -> dict[str, float]:
+        """By component, what was noted after `before`."""
+        return {n: value - before.noted.get((w, n), 0.0) for (w, n), value in self.noted.items() if w == what}
 
 
 @dataclass
@@ -146,23 +173,40 @@ class _Clock:
     copy: float = 0.0
     ready: dict[str, float] = field(default_factory=dict)
     spans: list[Span] = field(default_factory=list)
+    copies: list[Span] = field(default_factory=list)  # those of `spans` that are copies
     levels: list[Level] = field(default_factory=list)
     peak_nbytes: int = 0
     skipped_ms: float = 0.0
-    exposed: dict[str, float] = field(default_factory=dict)
+    stalled: dict[str, float] = field(default_factory=dict)
     copied: dict[str, float] = field(default_factory=dict)
+    noted: dict[tuple[str, str], float] = field(default_factory=dict)  # by what and component; only what is recorded
     h2d_nbytes: int = 0
 
     def totals(self) -> _Totals:
-        return _Totals(self.compute + self.skipped_ms, dict(self.exposed), dict(self.copied), self.h2d_nbytes)
+        ms = self.compute + self.skipped_ms
+        return _Totals(ms, dict(self.stalled), dict(self.copied), dict(self.noted), self.h2d_nbytes)
+
+    def note(self, what: str, name: str, amount: float = 1) -> None:
+        self.noted[what, name] = self.noted.get((what, name), 0) + amount
+
+    def waits(self, name: str, unit: str, wait: float) -> None:
+        """Compute waits to read `unit`. Copies run one behind another, and all that run meanwhile are enqueued."""
+        start, end = self.compute, self.compute + wait
+        self.spans.append(Span("stalls", name, start, wait, {"unit": unit}))
+        for copy in reversed(self.copies):
+            if copy.end_ms <= start:
+                break
+            self.note("exposed", copy.name, max(0.0, min(end, copy.end_ms) - max(start, copy.start_ms)))
 
     def repeat(self, before: _Totals, times: int) -> None:
         """What happened since `before` happens so many times more."""
         now = self.totals()
         self.skipped_ms += times * (now.ms - before.ms)
-        for mine, then in ((self.exposed, before.exposed), (self.copied, before.copied)):
+        for mine, then in ((self.stalled, before.stalled), (self.copied, before.copied)):
             for name in mine:
                 mine[name] += times * (mine[name] - then.get(name, 0.0))
+        for key, value in self.noted.items():
+            self.noted[key] = value + times * (value - before.noted.get(key, 0))
         self.h2d_nbytes += times * (now.h2d_nbytes - before.h2d_nbytes)
 
 
@@ -170,10 +214,18 @@ class _Device:
     """Carries out what the core says, as the engine does."""
 
     def __init__(
-        self, workload: Workload, shares: Mapping[str, Share], budget_nbytes: int, link: Link, records: bool
+        self,
+        workload: Workload,
+        shares: Mapping[str, Share],
+        budget_nbytes: int,
+        link: Link,
+        records: bool,
+        every_pass: bool,
     ) -> None:
         self.workload, self.shares, self.budget, self.link = workload, shares, budget_nbytes, link
+        self.every_pass = every_pass
         self.clock = _Clock(records)
+        self.met: set[str] = set()  # units that were counted when their component was entered, and not read since
         self.residency = Residency()
         self.owner: dict[str, str] = {}
         self.nbytes: dict[str, int] = {}
@@ -214,13 +266,15 @@ class _Device:
                 clock.copied[name] = clock.copied.get(name, 0.0) + took
                 clock.h2d_nbytes += nbytes
                 if clock.records:
-                    clock.spans.append(Span("copy", name, start, took, {"unit": unit, "nbytes": nbytes}))
+                    clock.copies.append(Span("copy", name, start, took, {"unit": unit, "nbytes": nbytes}))
+                    clock.spans.append(clock.copies[-1])
+                    clock.note("copies", name)
             elif isinstance(instruction, Await):
                 wait = clock.ready[unit] - clock.compute
                 if wait > 0:
-                    clock.exposed[name] = clock.exposed.get(name, 0.0) + wait
+                    clock.stalled[name] = clock.stalled.get(name, 0.0) + wait
                     if clock.records:
-                        clock.spans.append(Span("stalls", name, clock.compute, wait, {"unit": unit}))
+                        clock.waits(name, unit, wait)
                     clock.compute += wait
             elif isinstance(instruction, Drop) and not instruction.arrived:
                 clock.compute = max(clock.compute, clock.ready[unit])  # freed behind its copy
@@ -262,18 +316,25 @@ class _Device:
             )
             plan = self.lasting(plan, room, upcoming)
         act = component.activation_nbytes
-        self.carry_out(self.residency.handle(Entered(name, plan)), act)
+        entered = self.residency.handle(Entered(name, plan))
+        self.carry_out(entered, act)
+        if self.clock.records:
+            self.met = set(self.residency.held(name))
+            missing = sum(isinstance(i, Load) and self.owner[i.unit] == name for i in entered)
+            self.clock.note("misses", name, missing)
+            self.clock.note("hits", name, len(self.met) - missing)
         window: Window | None = None
         if share is not None:
             window = window_of(component.units, component.nbytes, share)
             for unit in self.residency.held():
                 if window.streams(unit):
                     window.arrived(unit)
-        simulated = min(passes, SIMULATED_PASSES if script is None else len(script.rows))
+        simulated = passes if self.every_pass else min(passes, SIMULATED_PASSES if script is None else len(script.rows))
         for number in range(simulated):
             last = number == simulated - 1
             before = self.clock.totals()
             self.one_pass(component, window, last, cap, upcoming)
+            self.met.clear()
             if number == simulated - 2 and passes > simulated:
                 self.clock.repeat(before, passes - simulated)
 
@@ -295,6 +356,11 @@ class _Device:
             window.begin()
         for i, unit in enumerate(component.units):
             streamed = window is not None and window.streams(unit)
+            if clock.records and residency.state(unit) is not State.READY:
+                if unit in self.met:  # counted when the component was entered
+                    self.met.remove(unit)
+                else:
+                    clock.note("misses" if residency.state(unit) is State.HOST else "hits", name)
             if isinstance(window, Scripted):
                 plan = follow(window.row(unit) or (), residency.held())
                 if plan.drops or plan.prefetches:
@@ -336,6 +402,7 @@ def simulate(
     link: Link,
     calls: int = 2,
     records: bool = True,
+    every_pass: bool = False,
 ) -> Prediction:
     """`calls` calls in a row, the first from an empty device; the figures are the last one's.
 
@@ -343,23 +410,29 @@ def simulate(
         shares: for components that do not keep all of their units on the device while they run; others do.
         budget_nbytes: device bytes for weights and activations.
         records: False leaves the timeline empty, for a planner that compares many.
+        every_pass: the timeline has all passes, also those that repeat.
     """
-    device = _Device(workload, shares, budget_nbytes, link, records)
+    device = _Device(workload, shares, budget_nbytes, link, records, every_pass)
     clock = device.clock
     before = clock.totals()
-    first_ms = 0.0
+    first_ms = start_ms = 0.0
     for number in range(calls):
-        before = clock.totals()
+        before, start_ms = clock.totals(), clock.compute
         device.run_call()
         if number == 0:
             first_ms = clock.totals().ms
     after = clock.totals()
     return Prediction(
         call_ms=after.ms - before.ms,
-        exposed_ms={n: after.exposed[n] - before.exposed.get(n, 0.0) for n in after.exposed},
         copy_ms={n: after.copied[n] - before.copied.get(n, 0.0) for n in after.copied},
+        stalled_ms={n: after.stalled[n] - before.stalled.get(n, 0.0) for n in after.stalled},
         h2d_nbytes=after.h2d_nbytes - before.h2d_nbytes,
         peak_nbytes=clock.peak_nbytes,
         timeline=Timeline(tuple(sorted(clock.spans, key=lambda s: s.start_ms)), tuple(clock.levels), True, "predicted"),
         first_ms=first_ms,
+        start_ms=start_ms,
+        exposed_ms=after.since(before, "exposed"),
+        copies={n: round(count) for n, count in after.since(before, "copies").items()},
+        hits={n: round(count) for n, count in after.since(before, "hits").items()},
+        misses={n: round(count) for n, count in after.since(before, "misses").items()},
     )

@@ -19,6 +19,7 @@ from .errors import BudgetError
 from .schedule import CALLS
 from .search import balanced
 from .simulator import Link, Prediction, Workload, simulate
+from .trace import Timeline
 from .window import Share
 
 __all__ = ["CallPlan", "Strategy", "balanced", "lower_bound_ms", "plan_call", "stock_ms", "whole"]
@@ -50,8 +51,16 @@ class CallPlan:
     def prediction(self) -> Prediction:
         """The call in its steady state. Simulated when it is first asked for: with thousands of units that takes longer
         than planning."""
+        return self._simulated(every_pass=False)
+
+    def last_call(self) -> tuple[Timeline, float, float]:
+        """The timeline of `prediction` with all passes of every call; where the last one begins, and what it takes."""
+        full = self._simulated(every_pass=True)
+        return full.timeline, full.start_ms, full.call_ms
+
+    def _simulated(self, every_pass: bool) -> Prediction:
         calls = 2 if all(share.script is None for share in self.shares.values()) else CALLS
-        return simulate(self.workload, self.shares, self.budget_nbytes, self.link, calls)
+        return simulate(self.workload, self.shares, self.budget_nbytes, self.link, calls, every_pass=every_pass)
 
 
 def plan_call(workload: Workload, budget_nbytes: int, link: Link, strategy: Strategy | None = None) -> CallPlan:

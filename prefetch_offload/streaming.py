@@ -54,6 +54,7 @@ class Stream:
         self._visited: list[Point] = []
         self._marks: list[tuple[Point, torch.Event, torch.Event]] = []  # arrived at, and went on from
         self._read: set[str] = set()  # units whose last reader in this pass has been called
+        self._met: set[str] = set()  # units that were counted when the component was entered, and not read since
         self._measuring = False
         self._watch: Watch | None = None
         self.active: list[Point] = []  # those that are being called, outermost first
@@ -68,6 +69,7 @@ class Stream:
                 self._final[unit] = point
         for point in self.component.points:
             point.install(self)
+        self._met.update(self.engine.residency.held(self.component.key))
         if self.window is not None:
             for unit in self.window.order:
                 if self.engine.residency.state(unit) is not State.HOST:
@@ -92,6 +94,8 @@ class Stream:
     def begin_pass(self, last: bool) -> None:
         """The component is called again; `last`: no further call of it is expected."""
         self.passes += 1
+        if self.passes > 1:
+            self._met.clear()
         self._last = last
         self._measuring = self.passes == 1
         if self.window is not None:
@@ -141,9 +145,12 @@ class Stream:
         state = engine.residency.state
         weighing = engine.weigh()
         if isinstance(window, Scripted):
+            self._count(point.units)  # as they are before the script's turn
             self._follow(window, point)
         for unit in point.units:
             if state(unit) is not State.READY:
+                if window is None or not window.scripted:
+                    self._count(point.units)
                 with engine._held(), engine._change:
                     self._fetch(point.units)
                 break
@@ -170,24 +177,38 @@ class Stream:
                     self.engine.follow(self.client, self.component, row)
                     self.resync()
 
+    def _count(self, units: tuple[str, ...]) -> None:
+        """These are about to be read: those that have not been since they left, or never, are hits or misses, unless they were
+        counted when the component was entered."""
+        hits = misses = 0
+        for unit in units:
+            state = self.engine.residency.state(unit)
+            if state is State.READY:
+                continue
+            if unit in self._met:
+                self._met.remove(unit)
+            elif state is State.HOST:
+                misses += 1
+            else:
+                hits += 1
+        if hits or misses:
+            with self.engine.lock:  # other threads count, too
+                self.engine.recorder.met(self.component.key, hits, misses)
+
     def _fetch(self, units: tuple[str, ...]) -> None:
         engine, window = self.engine, self.window
-        missing = 0
         if window is not None and len(units) == 1 and units[0] in window.held:  # the most frequent case by far
             window.need(units[0])
         elif window is not None:
             for unit in units:
                 if window.streams(unit):
                     drops, loads = window.need(unit, frozenset(units))
-                    missing += len(loads)
                     engine.stream_out(self.component, drops)
                     self._make_room(loads)
         state = engine.residency.state
         gone = [u for u in units if state(u) is State.HOST and not (window is not None and window.streams(u))]
         if gone and self.passes:  # what stays has left in the last pass, and is called for again
-            missing += len(gone)
             self._make_room(gone)
-        engine.recorder.met(self.component.key, len(units) - missing, missing)
         engine.await_units(self.component, units)
         if self._watch is not None:
             self._watch.know([self.units[u] for u in units])
@@ -252,6 +273,7 @@ class Stream:
         component, engine = self.component, self.engine
         component.stays(unit)
         engine.discard_measurement()
+        self._count((unit,))
         with engine._held(), engine._change:
             self._fetch((unit,))
             if self.window is not None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-Track = Literal["calls", "compute", "copy", "stalls", "memory"]
-TRACKS: tuple[Track, ...] = ("calls", "compute", "stalls", "copy", "memory")
+Track = Literal["calls", "compute", "copy", "stalls"]
+TRACKS: tuple[Track, ...] = ("calls", "compute", "stalls", "copy")
+MEASURED, PREDICTED = 1, 2  # processes of a Chrome trace
 
 
 @dataclass(frozen=True)
@@ -37,32 +38,43 @@ class Level:
 
 @dataclass(frozen=True)
 class Timeline:
-    """A run. `simulated` says that no accelerator made these times."""
+    """A run. `simulated` says that no accelerator made these times, `dropped` how many earlier spans are not in it any more."""
 
     spans: tuple[Span, ...]
     levels: tuple[Level, ...] = ()
     simulated: bool = False
     device: str = ""
+    dropped: int = 0
 
 
-def to_chrome(timeline: Timeline) -> dict[str, Any]:
-    """The timeline as a Chrome trace, one thread a track; opens in Perfetto and chrome://tracing."""
+def to_chrome(timeline: Timeline, predicted: Timeline | None = None) -> dict[str, Any]:
+    """The timeline as a Chrome trace; opens in Perfetto and chrome://tracing. One process, with a thread for each track and
+    memory as a counter; a second one for what was predicted, on the same clock."""
+    name = "prefetch_offload" + (" (simulated accelerator)" if timeline.simulated else "")
+    events = _process(MEASURED, name, timeline)
+    if predicted is not None:
+        events += _process(PREDICTED, "prefetch_offload: the last call as predicted", predicted)
+    return {
+        "traceEvents": events,
+        "displayTimeUnit": "ms",
+        "otherData": {"device": timeline.device, "simulated": timeline.simulated, "dropped": timeline.dropped},
+    }
+
+
+def _process(number: int, name: str, timeline: Timeline) -> list[dict[str, Any]]:
     events: list[dict[str, Any]] = [
-        {
-            "ph": "M",
-            "pid": 1,
-            "name": "process_name",
-            "args": {"name": "prefetch_offload" + (" (simulated accelerator)" if timeline.simulated else "")},
-        }
+        {"ph": "M", "pid": number, "name": "process_name", "args": {"name": name}},
+        {"ph": "M", "pid": number, "name": "process_sort_index", "args": {"sort_index": number}},
     ]
-    for number, track in enumerate(TRACKS):
-        events.append({"ph": "M", "pid": 1, "tid": number, "name": "thread_name", "args": {"name": track}})
-        events.append({"ph": "M", "pid": 1, "tid": number, "name": "thread_sort_index", "args": {"sort_index": number}})
+    for thread, track in enumerate(TRACKS):
+        about = {"ph": "M", "pid": number, "tid": thread}
+        events.append({**about, "name": "thread_name", "args": {"name": track}})
+        events.append({**about, "name": "thread_sort_index", "args": {"sort_index": thread}})
     for span in timeline.spans:
         events.append(
             {
                 "ph": "X",
-                "pid": 1,
+                "pid": number,
                 "tid": TRACKS.index(span.track),
                 "name": span.name,
                 "ts": span.start_ms * 1e3,
@@ -74,22 +86,52 @@ def to_chrome(timeline: Timeline) -> dict[str, Any]:
         events.append(
             {
                 "ph": "C",
-                "pid": 1,
+                "pid": number,
                 "name": "weights on the device (MiB)",
                 "ts": level.start_ms * 1e3,
                 "args": {"MiB": level.nbytes / 2**20},
             }
         )
-    return {
-        "traceEvents": events,
-        "displayTimeUnit": "ms",
-        "otherData": {"device": timeline.device, "simulated": timeline.simulated},
-    }
+    return events
 
 
-def write(timeline: Timeline, path: str | Path) -> None:
-    """Write the timeline as Chrome trace JSON."""
-    Path(path).write_text(json.dumps(to_chrome(timeline)))
+def write(timeline: Timeline, path: str | Path, predicted: Timeline | None = None) -> None:
+    """Write the timeline, and what was predicted beside it, as Chrome trace JSON."""
+    Path(path).write_text(json.dumps(to_chrome(timeline, predicted)))
+
+
+def within(timeline: Timeline, start_ms: float, end_ms: float, shift_ms: float = 0.0) -> Timeline:
+    """What overlaps [start_ms, end_ms], `shift_ms` later."""
+    spans = tuple(
+        replace(s, start_ms=s.start_ms + shift_ms)
+        for s in timeline.spans
+        if s.end_ms > start_ms and s.start_ms < end_ms
+    )
+    before = [replace(level, start_ms=start_ms) for level in timeline.levels if level.start_ms <= start_ms][-1:]
+    levels = [*before, *(level for level in timeline.levels if start_ms < level.start_ms <= end_ms)]
+    shifted = tuple(replace(level, start_ms=level.start_ms + shift_ms) for level in levels)
+    return replace(timeline, spans=spans, levels=shifted)
+
+
+def total_ms(times: Iterable[tuple[float, float]]) -> float:
+    """From the start of each to its end."""
+    return sum((end - start for start, end in times), 0.0)
+
+
+def overlap_ms(times: Iterable[tuple[float, float]], others: Iterable[tuple[float, float]]) -> float:
+    """The part of `times` that some of `others` covers."""
+    total = 0.0
+    mine, covers = sorted(times), sorted(others)
+    first = 0
+    for start, end in mine:
+        while first < len(covers) and covers[first][1] <= start:
+            first += 1
+        at, i = start, first
+        while i < len(covers) and covers[i][0] < end:
+            a, b = covers[i]
+            total += max(0.0, min(end, b) - max(at, a))
+            at, i = max(at, min(end, b)), i + 1
+    return total
 
 
 def busy_ms(spans: Iterable[Span]) -> float:

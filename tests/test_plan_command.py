@@ -65,6 +65,9 @@ def test_every_built_in_model(model: str) -> None:
     for row in rows:
         assert row["peak_nbytes"] <= row["budget_nbytes"]
         assert row["seconds"] >= row["limit_s"] * (1 - 1e-6)
+        assert row["copied_gbps"] == pytest.approx(row["h2d_nbytes"] / row["seconds"] / 1e9)
+        assert row["copied_gbps"] <= row["link_gbps"] * row["link_use"] * (1 + 1e-6), "each copy takes a little longer"
+        assert row["link_use"] <= 1 and (row["link_use"] > 0) == (row["copied_gbps"] > 0) == (row["h2d_nbytes"] > 0)
         assert row["gap"] == pytest.approx(row["seconds"] / row["limit_s"] - 1, abs=1e-5)
         assert (row["stock_s"] is None) == (row["budget_nbytes"] < made["stock_nbytes"])
         assert (row["resident_s"] is None) == (row["budget_nbytes"] < made["resident_nbytes"])
@@ -81,6 +84,7 @@ def test_the_table_says_what_it_rests_on() -> None:
         (link, budget) for link in ("25", "55") for budget in ("8.00", "24.00", "40.00")
     ]
     assert "out of memory" in rows[0] and "out of memory" not in rows[2]
+    assert rows[0].split("│")[6].strip() == "100%" and rows[2].split("│")[6].strip() == "0%"
     assert "535 ms (A100 80 GB" in result.output
     assert "28 (default)" in result.output
     assert "estimates" in result.output

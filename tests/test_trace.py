@@ -10,7 +10,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefetch_offload.trace import TRACKS, Level, Span, Timeline, Track, busy_ms, to_chrome, write
+from prefetch_offload.trace import (
+    MEASURED,
+    PREDICTED,
+    TRACKS,
+    Level,
+    Span,
+    Timeline,
+    Track,
+    busy_ms,
+    overlap_ms,
+    to_chrome,
+    total_ms,
+    within,
+    write,
+)
 
 RUN = Timeline(
     spans=(
@@ -35,7 +49,7 @@ def track_names(timeline: Timeline) -> dict[int, str]:
 
 
 def process_name(timeline: Timeline) -> str:
-    (name,) = [e["args"]["name"] for e in events(timeline, "M") if e["name"] == "process_name"]
+    (name,) = (e["args"]["name"] for e in events(timeline, "M") if e["name"] == "process_name")
     assert isinstance(name, str)
     return name
 
@@ -69,7 +83,7 @@ def test_levels_are_one_counter_in_mebibytes() -> None:
 
 def test_there_is_nothing_else_and_all_of_it_is_one_process() -> None:
     every = to_chrome(RUN)["traceEvents"]
-    assert len(every) == 1 + 2 * len(TRACKS) + len(RUN.spans) + len(RUN.levels)
+    assert len(every) == 2 + 2 * len(TRACKS) + len(RUN.spans) + len(RUN.levels)
     assert {e["pid"] for e in every} == {1}
     assert {e["ph"] for e in every} == {"M", "X", "C"}
 
@@ -78,7 +92,30 @@ def test_there_is_nothing_else_and_all_of_it_is_one_process() -> None:
 def test_a_simulated_run_says_so_where_a_viewer_shows_it(simulated: bool) -> None:
     timeline = Timeline(RUN.spans, RUN.levels, simulated, "simgpu:0")
     assert ("simulated" in process_name(timeline)) is simulated
-    assert to_chrome(timeline)["otherData"] == {"device": "simgpu:0", "simulated": simulated}
+    assert to_chrome(timeline)["otherData"] == {"device": "simgpu:0", "simulated": simulated, "dropped": 0}
+
+
+def test_what_was_predicted_is_a_process_of_its_own_on_the_same_clock() -> None:
+    hoped = Timeline((Span("compute", "unet", 3.0, 9.0),), (Level(1.0, 1 << 20),), True, "predicted")
+    alone, both = (json.loads(json.dumps(to_chrome(RUN, other)))["traceEvents"] for other in (None, hoped))
+    assert [e for e in both if e["pid"] == MEASURED] == alone
+    predicted = [e for e in both if e["pid"] == PREDICTED]
+    assert len(alone) + len(predicted) == len(both)
+    assert [e["args"]["name"] for e in predicted if e["name"] == "process_name"] == [
+        "prefetch_offload: the last call as predicted"
+    ]
+    assert [e["args"]["name"] for e in predicted if e["name"] == "thread_name"] == list(TRACKS)
+    assert [(e["name"], e["ts"], e["dur"]) for e in predicted if e["ph"] == "X"] == [("unet", 3_000, 9_000)]
+    assert [(e["ts"], e["args"]) for e in predicted if e["ph"] == "C"] == [(1_000, {"MiB": 1})]
+
+
+def test_a_part_of_a_timeline_is_told_from_elsewhere() -> None:
+    spans = tuple(Span("copy", str(i), 10.0 * i, 10.0) for i in range(5))
+    levels = tuple(Level(10.0 * i, i) for i in range(5))
+    part = within(Timeline(spans, levels, True, "predicted", 3), 15, 30, 100)
+    assert [(s.name, s.start_ms, s.duration_ms) for s in part.spans] == [("1", 110, 10), ("2", 120, 10)]
+    assert part.levels == (Level(115, 1), Level(120, 2), Level(130, 3))
+    assert (part.simulated, part.device, part.dropped) == (True, "predicted", 3)
 
 
 def test_an_empty_run_is_a_valid_trace() -> None:
@@ -120,6 +157,15 @@ def spans(of: list[tuple[int, int]]) -> list[Span]:
 def test_busy_time_is_the_milliseconds_that_some_span_covers(of: list[tuple[int, int]]) -> None:
     covered = {ms for start, duration in of for ms in range(start, start + duration)}
     assert busy_ms(spans(of)) == len(covered)
+
+
+@settings(deadline=None, max_examples=200)
+@given(intervals, intervals)
+def test_the_part_that_others_cover(of: list[tuple[int, int]], others: list[tuple[int, int]]) -> None:
+    covered = {ms for start, duration in others for ms in range(start, start + duration)}
+    times, covers = ([(a, a + n) for a, n in some] for some in (of, others))
+    assert overlap_ms(times, covers) == sum(len(covered & set(range(*span))) for span in times)
+    assert total_ms(times) == sum(n for _, n in of)
 
 
 @settings(deadline=None)

@@ -52,6 +52,7 @@ class Row:
 
     Attributes:
         exposed_s: what the call takes longer than its compute.
+        copied_gbps, link_use: what the link really carries over the whole call, and the part of the call in which it copies.
         gap: how much longer than the limit, as a fraction.
         stock_s, resident_s: the call in these ways; None: that does not fit.
     """
@@ -61,6 +62,8 @@ class Row:
     seconds: float
     exposed_s: float
     h2d_nbytes: int
+    copied_gbps: float
+    link_use: float
     peak_nbytes: int
     limit_s: float
     gap: float
@@ -215,6 +218,8 @@ def _row(look: Outlook, plan: CallPlan) -> Row:
         prediction.call_ms / 1e3,
         max(0.0, prediction.call_ms - look.workload.compute_ms) / 1e3,
         prediction.h2d_nbytes,
+        prediction.link_gbps,
+        prediction.link_use,
         prediction.peak_nbytes,
         plan.bound_ms / 1e3,
         # Rounded: sums of the same times in another order differ in their last digits.
@@ -245,10 +250,11 @@ def table(look: Outlook) -> Table:
         "GB/s",
         f"budget {unit}",
         "s a call",
-        "exposed s",
-        "copied GB",
-        f"peak {unit}",
-        "limit s",
+        "exposed\ns",  # broken, so that rows are whole in 118 columns
+        "copied\nGB",
+        "link\nuse",
+        f"peak\n{unit}",
+        "limit\ns",
         "gap",
         "stock s",
         "resident s",
@@ -261,6 +267,7 @@ def table(look: Outlook) -> Table:
             _seconds(row.seconds),
             _seconds(row.exposed_s),
             _gigabytes(row.h2d_nbytes),
+            f"{row.link_use:.0%}",
             f"{row.peak_nbytes / scale:.2f}",
             _seconds(row.limit_s),
             f"{row.gap:.1%}",
@@ -316,7 +323,12 @@ def plan(request: Request, json_only: bool, console: Console) -> None:
         console.print_json(data=as_json(made))
         return
     console.print(table(made))
-    console.print("limit: no schedule can be faster. Stock and resident are predicted too. These rest on:", style="dim")
+    console.print(
+        "link use: the part of a call in which the link copies; limit: no schedule can be faster. Stock and resident are "
+        "predicted too. These rest on:",
+        style="dim",
+        soft_wrap=True,
+    )
     for line in made.assumptions:
         console.print(f"  {line}", soft_wrap=True, style="dim", markup=False, highlight=False)
     chosen = shown_plan(made)
