@@ -62,12 +62,15 @@ class Client:
         watched: the call was given a callback, which may write to weights.
         entered: components entered in this call, by key.
         shapes: the last shape of each component, by key.
+        inputs: all shapes that each had in the last call that entered it, by key.
         available: device bytes that weights could take in this call if nothing ran.
         ceiling: no more than this, since the device refused more in this call; None: it did not.
         shares: by component key, what components that do not fit may hold.
         heads: by component key, the units that those begin with.
         plan: what the shares come from; None before a call has been measured.
         planned_because: why it was made, or made anew.
+        excess: to be told: a call took more than the budget while it was measured.
+        warned: it has been, for this budget.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -80,12 +83,14 @@ class Client:
         self.watched = False
         self.entered: set[str] = set()
         self.shapes: dict[str, object] = {}
+        self.inputs: dict[str, set[object]] = {}
         self.available = 0
         self.ceiling: int | None = None
         self.shares: dict[str, Share] = {}
         self.heads: dict[str, tuple[str, ...]] = {}
         self.plan: CallPlan | None = None
         self.planned_because = ""
+        self.excess, self.warned = "", False
         self.number = next(_clients)
 
     @property
