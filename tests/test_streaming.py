@@ -284,13 +284,14 @@ def test_another_process_takes_memory(sim: Any, enable: Any) -> None:
     pipe = CASES["flux"].build()
     capacity = budget_of(pipe, 1.2)
     sim.configure(capacity, 0, 0, 0)
-    enable(pipe, reserve=1 << 10, **UNITS)
+    offload = enable(pipe, reserve=1 << 10, **UNITS)
     assert draw("flux", pipe, 0).tobytes() == expected[0].tobytes()
     free = capacity - sim.counters()["allocated"]
     taken = [torch.empty(free - (100 << 10), dtype=torch.uint8, device=DEVICE)]
     assert draw("flux", pipe, 1).tobytes() == expected[1].tobytes()
     taken.clear()
     assert draw("flux", pipe, 1).tobytes() == expected[1].tobytes()
+    assert "ladder" not in offload.stats.counts, "it was seen, not found out by running out of memory"
 
     def take(pipe: Any, step: int, time: Any, inputs: dict[str, Any]) -> dict[str, Any]:
         if not taken:
