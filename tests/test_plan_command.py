@@ -340,7 +340,8 @@ def test_the_text_curve_has_a_bar_for_each_budget_and_link() -> None:
     most = max(row.seconds for row in made.rows)
     assert lengths == [round(row.seconds / most * 69) for row in made.rows]
     assert lengths[0] == 69 > lengths[1] >= lengths[2], "the slowest fills it"
-    assert [bar.count("#") for bar in drawn] == [min(n, round(r.limit_s / most * 69)) for n, r in zip(lengths, made.rows, strict=True)]
+    limits = [round(row.limit_s / most * 69) for row in made.rows]
+    assert [bar.count("#") for bar in drawn] == [min(pair) for pair in zip(lengths, limits, strict=True)]
     output = call("--model", "flux", "--budget", "8GiB,16GiB", "--link", 25).output
     assert "Seconds a call in so much device memory, predicted:" in output
     assert " 8.00 GiB |##" in output and "16.00 GiB |##" in output
