@@ -107,6 +107,13 @@ def goals(rows: list[Row]) -> list[str]:
             goal("ours:stock", f"{steps} steps at stock's memory, x resident", ours / resident, slower, True)
         if ours and stock:
             goal("ours:stock", f"{steps} steps at stock's memory, x faster than stock", stock / ours, faster, False)
+    for mine in rows if rows[0].model == "flux" else ():
+        resident = _seconds(rows, "resident", mine.steps)
+        if mine.mode == "ours:8GiB" and mine.copy_gbps and mine.link_gbps:
+            what = f"{mine.steps} steps in 8GiB, streaming, of the pinned link"
+            goal(mine.mode, what, mine.copy_gbps / mine.link_gbps, 0.9, False)
+        if mine.mode == "ours:16GiB" and mine.median_s and resident:
+            goal(mine.mode, f"{mine.steps} steps in 16GiB, x resident", mine.median_s / resident, 1.05, True)
     for steps in sorted({r.steps for r in rows}, reverse=True):
         for mine in rows:
             name, budget, transport = parts(mine.mode)

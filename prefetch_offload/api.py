@@ -189,8 +189,11 @@ def check_device(gpu_id: int | None, device: torch.device | str | None) -> None:
         )
 
 
-def check_budget(pipe: DiffusionPipeline, settings: Settings) -> None:
+def check_budget(pipe: DiffusionPipeline, settings: Settings, measured_nbytes: int = 0) -> None:
     """Refuse a budget in which some component's weights cannot run, not even a block at a time.
+
+    Args:
+        measured_nbytes: the smallest budget for calls like the last one; 0: there was none.
 
     Raises:
         BudgetError: with the component and the smallest budget that can hold what it needs at once.
@@ -212,9 +215,10 @@ def check_budget(pipe: DiffusionPipeline, settings: Settings) -> None:
     beside = max(one.staging_nbytes for one in least.values()) + sum(one.tables_nbytes for one in least.values())
     if weights + beside > budget:
         besides = f", and what encoded weights arrive in {beside} bytes besides" if beside else ""
+        calls = f", and calls like the last one {measured_nbytes} bytes ({told(measured_nbytes)})" if measured_nbytes else ""
         raise BudgetError(
             f"budget={budget} bytes ({told(budget)}) is too small for {largest}: streamed block by block, its weights "
-            f"take {weights} bytes ({told(weights)}) at once{besides}. Give at least that much, and room for "
+            f"take {weights} bytes ({told(weights)}) at once{besides}{calls}. Give at least that much, and room for "
             "activations; smaller `unit_min` and `unit_max` make blocks smaller."
         )
 
@@ -245,7 +249,7 @@ def _session(before: Offload | None, settings: Settings) -> Session:
         return before._session
     client = Client(settings)
     old = before._session.client
-    client.order, client.shapes = old.order, old.shapes
+    client.order, client.shapes, client.inputs = old.order, old.shapes, old.inputs
     client.memory.activations, client.memory.needs = old.memory.activations, old.memory.needs
     return Session(client, settings)
 

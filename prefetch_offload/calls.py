@@ -108,7 +108,8 @@ class Memory:
     (activations, inputs, whatever else lives on the device). A *shape* stands for the component together with the shapes
     of its inputs; while a shape has not been measured, a bounded budget holds nothing but the running component, as stock
     model offload would. `overhead_nbytes` are taken on the device, whatever runs, by the buffers that encoded weights arrive
-    in; no measurement counts them.
+    in; no measurement counts them. `took_nbytes` is the most that was in use in the last call, weights and all, while
+    shapes were being measured.
     """
 
     budget: Budget
@@ -117,6 +118,7 @@ class Memory:
     needs: dict[object, int] = field(default_factory=dict)
     alone: set[object] = field(default_factory=set)
     tight: set[object] = field(default_factory=set)
+    took_nbytes: int = 0
     _seen: dict[object, tuple[int, int]] = field(default_factory=dict)
 
     def knows(self, shape: object) -> bool:

@@ -135,7 +135,8 @@ class Settings:
         prefetch: copy the next components in while the current one runs.
         pin: keep the host masters in pinned memory. False: pageable masters behind a small pinned staging ring.
         pinned_limit: at most this many bytes of pinned host memory; None: what the host can spare.
-        reserve: with ``budget=None``, device bytes left to others; None: the larger of 256 MiB and 4% of the device.
+        reserve: with ``budget=None``, device bytes left to others; None: the larger of 256 MiB and 4% of the device, and at
+            most a tenth of it.
         unit_min, unit_max: a unit, the smallest thing moved together, is cut between these sizes where the model allows.
         staging: size of the pinned ring used for masters that could not be pinned.
         fingerprints: compare sampled bytes of each cached unit with its master at a component's first entry in a call,

@@ -12,6 +12,7 @@ from .component import Component
 from .config import Budget, Settings
 from .errors import OffloadError
 from .holdings import Call, Client
+from .least import excess_of
 from .moves import Moves
 from .planner import plan_entry
 from .planning import ASSUMED_GBPS, EARLY, replan, try_out
@@ -28,10 +29,12 @@ class _Segment:
         self.memory, self.shape = memory, shape
         self.weight_nbytes, self.held_nbytes = component.nbytes, held_nbytes
         self.peak_nbytes = 0  # before another thread reset the statistic
+        self.most_nbytes = 0  # in use at any time, weights and all
         self._found_nbytes = 0
 
     def needs(self, peak_nbytes: int, baseline_nbytes: int) -> int:
         """Device memory that was in use besides weights."""
+        self.most_nbytes = max(self.most_nbytes, peak_nbytes, self.peak_nbytes)
         now = max(peak_nbytes, self.peak_nbytes) - self.held_nbytes - baseline_nbytes
         self._found_nbytes = max(self._found_nbytes, now)
         return self._found_nbytes
@@ -115,6 +118,9 @@ class Engine(Moves):
             client.memory.overhead_nbytes = self.transport.overhead_nbytes
             shape = (component.key, shape)
             client.shapes[component.key] = shape
+            if first:
+                client.inputs[component.key] = set()
+            client.inputs[component.key].add(shape)
             if first or not client.available:
                 client.available = self.available(client)
             self._place(component, client)
@@ -191,6 +197,7 @@ class Engine(Moves):
         if segment is not None:
             with self.lock:
                 self._reset_peak()
+                segment.most_nbytes = max(segment.most_nbytes, segment.peak_nbytes)
                 segment.held_nbytes, segment.peak_nbytes = self.residency.held_nbytes, 0
 
     def _reset_peak(self) -> int:
@@ -214,6 +221,7 @@ class Engine(Moves):
             client.memory.tight.clear()
             client.former, client.aside = client.plan or client.former, "the budget was set again"
             client.plan, client.shares, client.heads = None, {}, {}
+            client.warned = False
             if isinstance(budget, int):
                 view, protected = self.residency.view(), self._protected(None)
                 plan = plan_entry(view, None, budget // 2, client.order.upcoming(), protected, False)
@@ -251,6 +259,8 @@ class Engine(Moves):
         if segment is not None and learn:
             needs = segment.needs(peak, self._besides_nbytes)
             segment.memory.learn(segment.shape, needs, segment.weight_nbytes)
+            if not self.lanes.unseen_nbytes:  # else the peak is only known not to have been higher
+                segment.memory.took_nbytes = max(segment.memory.took_nbytes, segment.most_nbytes - self.baseline)
 
     def keep_memory(self, component: Component) -> None:
         """Gradients are being recorded: the graph holds on to the weights it has seen, wherever they go."""
@@ -290,7 +300,7 @@ class Engine(Moves):
             if client.calling == 1:
                 client.order.start(steps)
                 client.entered.clear()
-                client.available = 0
+                client.available = client.memory.took_nbytes = 0
                 self._sampled.clear()
                 for component in try_out(self, client) if client.calls <= EARLY else ():
                     if not component.bound:
@@ -351,6 +361,7 @@ class Engine(Moves):
             client.followed, client.followed_because = client.plan, client.planned_because
             client.order.finish()
             client.memory.commit()
+            client.excess, client.memory.took_nbytes = excess_of(self, client), 0
             self.fill_idle(client)
 
     def show_masters(self, components: list[Component]) -> None:

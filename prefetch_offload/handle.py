@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,9 +28,10 @@ from .compiling import Counts
 from .component import Component
 from .config import Budget, Settings, parse_budget
 from .engine import Engine
-from .errors import SettingError
+from .errors import OffloadWarning, SettingError
 from .hazards import Hazard
 from .holdings import Call
+from .least import smallest_budget
 
 
 def hook_of(module: Any) -> CpuOffload | None:
@@ -127,7 +129,7 @@ class Offload:
             raise SettingError("the pipeline is gone: there is nothing to set a budget for.")
         if client.calling:
             raise SettingError("the pipeline is being called: set its budget between two calls.")
-        check_budget(pipe, settings)
+        check_budget(pipe, settings, smallest_budget(self._engine, client)[0] if client.inputs else 0)
         if settings.stable_addresses:
             check_addresses(pipe, settings, self.device)
         self._session.settings = client.settings = settings
@@ -281,6 +283,15 @@ class Offload:
                 self._engine.leave_call(call, failed)
             finally:
                 call.over = True
+        self._tell(5)  # past contextlib and the pipeline's class
+
+    def _tell(self, stacklevel: int) -> None:
+        """Warn of what the call that has ended took, once the engine is done with it."""
+        client = self._session.client
+        excess, client.excess = client.excess, ""
+        if excess:
+            client.warned = True
+            warnings.warn(excess, OffloadWarning, stacklevel=stacklevel)
 
     def _steps(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
         """The number of denoising steps that a call asks for; None: there is no telling."""
@@ -298,6 +309,7 @@ class Offload:
         """diffusers asks for all components to be on the host: at the end of nearly every call, or by hand."""
         self._adopt_strays()
         self._engine.freed(self._session.client)
+        self._tell(4)
 
     def _adopt_strays(self) -> None:
         """Hook components that came, or lost their hook, without going through the pipeline's attributes."""

@@ -63,6 +63,7 @@ class Client:
         watched: the call was given a callback, which may write to weights.
         entered: components entered in this call, by key.
         shapes: the last shape of each component, by key.
+        inputs: all shapes that each had in the last call that entered it, by key.
         available: device bytes that weights could take in this call if nothing ran.
         ceiling: no more than this, since the device refused more in this call; None: it did not.
         shares: by component key, what components that do not fit may hold.
@@ -72,6 +73,8 @@ class Client:
         last_call: what was recorded of the last complete call.
         followed, followed_because: the plan that it ran by, and why that was made; None: it had none.
         former: the plan before, while there is none: it was put aside, since `aside`.
+        excess: to be told: a call took more than the budget while it was measured.
+        warned: it has been, for this budget.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -84,6 +87,7 @@ class Client:
         self.watched = False
         self.entered: set[str] = set()
         self.shapes: dict[str, object] = {}
+        self.inputs: dict[str, set[object]] = {}
         self.available = 0
         self.ceiling: int | None = None
         self.shares: dict[str, Share] = {}
@@ -95,6 +99,7 @@ class Client:
         self.followed_because = ""
         self.former: CallPlan | None = None
         self.aside = ""
+        self.excess, self.warned = "", False
         self.number = next(_clients)
 
     @property

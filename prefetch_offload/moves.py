@@ -18,6 +18,7 @@ from .config import MIB, Settings, told
 from .device import OUT_OF_MEMORY
 from .errors import BudgetError, OffloadWarning
 from .holdings import Call, Client, Holdings
+from .least import need_of, refuse_below
 from .masters import SlabUnit
 from .planner import EntryPlan, follow, lasting, plan_entry
 from .residency import Await, Dropped, Entered, Instruction, Load, Needed, Prefetched, State
@@ -33,26 +34,16 @@ class Moves(Holdings):
         self._calls: dict[int, list[weakref.ref[Call]]] = {}  # by thread, outermost first
 
     def _cap(self, component: Component, client: Client) -> int:
-        """Device bytes for weights while `component` runs."""
-        least = component.smallest_nbytes
-        shape, budget = client.shapes[component.key], client.memory.budget
-        smallest = least + (client.memory.set_aside(shape) if client.memory.knows(shape) else 0)
-        idle = self._idle_beside(component)
-        smallest += idle
-        if isinstance(budget, int) and smallest > budget:
-            how = "even when they are streamed block by block" if component.streamable else "which cannot be streamed"
-            if component.points and not component.whole and len(component.units) == 1:
-                how = "all in one unit, which a smaller `unit_min` cuts into several"
-            if component.whole:
-                how += ": it is compiled as one graph. Compile its blocks instead (`compile_repeated_blocks()`)"
-            if idle:
-                how += f"; {idle} bytes are kept by units with stable addresses. {NO_ARENA}"
-            raise BudgetError(
-                f"budget={budget} bytes ({told(budget)}) is too small: with these inputs {component.name} needs "
-                f"{smallest} bytes ({told(smallest)}), {least} of them for weights, {how}. Give that much, or use "
-                "smaller inputs, tiling or slicing."
-            )
-        cap = max(least, client.memory.cap(shape, component.nbytes, client.available, least) - idle)
+        """Device bytes for weights while `component` runs.
+
+        Raises:
+            BudgetError: it needs more at once than the budget has.
+        """
+        shape = client.shapes[component.key]
+        need = need_of(self, client, component, (shape,))
+        refuse_below(self, client, component, need)
+        least = need.weights_nbytes
+        cap = max(least, client.memory.cap(shape, component.nbytes, client.available, least) - need.idle_nbytes)
         return cap if client.ceiling is None else max(least, min(cap, client.ceiling))
 
     def _idle_beside(self, component: Component) -> int:

@@ -19,6 +19,7 @@ CASES = {
     "flux": (scaled("flux", width=192, layers=4, text_width=192, text_layers=8, vae_width=8), {}),
 }
 STEPS = 4
+UNITS = {"unit_min": 64 << 10, "unit_max": 512 << 10}
 OP_DELAY_US = 500  # compute takes its time without taking the processor's
 
 
@@ -26,19 +27,25 @@ OP_DELAY_US = 500  # compute takes its time without taking the processor's
 class Outcome:
     """Seconds of a call in a steady state, and what is predicted for the compute times that were measured in that same call.
 
-    It is the call with the median of measured over the limit, of those that had a plan. `same`: all images are the resident
-    pipeline's, bit for bit.
+    It is the call with the median of measured over the limit, of those that had a plan.
+
+    Attributes:
+        planned: the same prediction as it was before the call, for the compute times of the calls before it.
+        same: all images are the resident pipeline's, bit for bit.
+        hazards: what the simulator found in all calls, and the package's own checker in one more, which was not timed.
     """
 
     name: str
     share: float
     measured: float
     predicted: float
+    planned: float
     bound: float
     resident: float
     peak_nbytes: int
     budget_nbytes: int
     same: bool
+    hazards: list[Any]
 
 
 def weight_nbytes(pipe: Any) -> int:
@@ -53,6 +60,17 @@ def timed(case: Case, inputs: dict[str, Any], pipe: Any, sim: Any, seed: int) ->
     start = time.perf_counter()
     image = np.asarray(case.call(pipe, seed=seed, steps=STEPS, **inputs))
     return time.perf_counter() - start, image
+
+
+def checked(case: Case, inputs: dict[str, Any], pipe: Any, sim: Any, budget: int) -> list[Any]:
+    """Hazards of a call that follows a plan, by the checker that would cost a timed one time."""
+    sim.op_delay_us(0)
+    with prefetch_offload.enable(pipe, device=DEVICE, budget=budget, verify=True, **UNITS) as offload:
+        for seed in range(2):
+            case.call(pipe, seed=seed, steps=2, **inputs)
+        found = list(offload.hazards)
+    sim.op_delay_us(OP_DELAY_US)
+    return found
 
 
 def run(name: str, shares: tuple[float, ...], sim: Any, calls: int = 5) -> list[Outcome]:
@@ -72,28 +90,38 @@ def run(name: str, shares: tuple[float, ...], sim: Any, calls: int = 5) -> list[
         for share in shares:
             pipe = case.build()
             budget = int(share * nbytes)
-            offload = prefetch_offload.enable(pipe, device=DEVICE, budget=budget, unit_min=64 << 10, unit_max=512 << 10)
+            offload = prefetch_offload.enable(pipe, device=DEVICE, budget=budget, **UNITS)
             sim.reset()
             ran, plans = [], []
             for seed in range(calls + 1):  # the plan of each call after it rests on what that one took
                 ran.append(timed(case, inputs, pipe, sim, seed % calls))
                 plans.append(offload._session.client.plan)
-            pairs = [(seconds, plan) for (seconds, _), plan in zip(ran[2:], plans[3:], strict=False) if plan is not None]
-            measured, plan = sorted(pairs, key=lambda p: p[0] / p[1].bound_ms)[(len(pairs) - 1) // 2]
+            peak = int(sim.counters()["peak"])
+            offload.disable()
+            truth = [*resident, resident[0]]
+            same = all(a.tobytes() == b.tobytes() for (_, a), (_, b) in zip(ran, truth, strict=True))
+            hazards = checked(case, inputs, pipe, sim, budget) + list(sim.hazards())
+            pairs = [
+                (seconds, plan, before)
+                for (seconds, _), plan, before in zip(ran[2:], plans[3:], plans[2:], strict=False)
+                if plan is not None and before is not None
+            ]
+            measured, plan, before = sorted(pairs, key=lambda p: p[0] / p[1].bound_ms)[(len(pairs) - 1) // 2]
             found.append(
                 Outcome(
                     name=name,
                     share=share,
                     measured=measured,
                     predicted=plan.prediction.call_ms / 1e3,
+                    planned=before.prediction.call_ms / 1e3,
                     bound=plan.bound_ms / 1e3,
                     resident=seconds,
-                    peak_nbytes=int(sim.counters()["peak"]),
+                    peak_nbytes=peak,
                     budget_nbytes=budget,
-                    same=all(a.tobytes() == b.tobytes() for (_, a), (_, b) in zip(ran, [*resident, resident[0]], strict=True)),
+                    same=same,
+                    hazards=hazards,
                 )
             )
-            offload.disable()
             del pipe, offload
     finally:
         sim.op_delay_us(0)

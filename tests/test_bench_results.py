@@ -165,3 +165,22 @@ def test_a_table_says_all_that_a_row_has_and_which_goals_are_met(tmp_path: Path)
     assert "simulated" in text and "goal" not in text
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     assert CliRunner().invoke(app, ["table", str(tmp_path / "other.csv")]).exit_code == 2
+
+
+def test_the_goals_of_flux() -> None:
+    def row(mode: str, steps: int, seconds: float, copy_gbps: float | None = None, simulated: bool = False) -> Row:
+        made = Row("flux", mode, "none", steps, simulated, gpu="a GPU", link_gbps=50.0, copy_gbps=copy_gbps)
+        made.took([seconds])
+        return made
+
+    rows = [row("resident", 28, 10.0), row("ours:8GiB", 28, 15.0, 46.0), row("ours:16GiB", 28, 10.4, 20.0)]
+    rows += [row("ours:8GiB", 4, 4.0, 44.0), row("ours:16GiB", 4, 2.0), row("resident", 4, 1.0), row("ours", 4, 1.0, 9.0)]
+    why = "; trace-flux-ours-{}-none-*.json shows why"
+    assert tables.goals(rows) == [
+        "- met: 28 steps in 8GiB, streaming, of the pinned link: 0.92, the goal is at least 0.9",
+        "- met: 28 steps in 16GiB, x resident: 1.04, the goal is at most 1.05",
+        "- **MISSED**: 4 steps in 8GiB, streaming, of the pinned link: 0.88, the goal is at least 0.9" + why.format("8GiB"),
+        "- **MISSED**: 4 steps in 16GiB, x resident: 2.00, the goal is at most 1.05" + why.format("16GiB"),
+    ]
+    assert tables.goals([row("ours:8GiB", 28, 15.0), row("ours:16GiB", 28, 10.4)]) == [], "nothing to hold them against"
+    assert tables.goals([row("ours:8GiB", 28, 15.0, 9.0, simulated=True)]) == []

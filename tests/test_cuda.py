@@ -11,16 +11,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same
+from conftest import assert_same, weight_nbytes
 from prefetch_offload_kernels import available
 from test_transport_codecs import fp8_rounded
 
 import prefetch_offload
 from prefetch_offload.config import Settings
 from prefetch_offload.host import Pins, Slab
-from prefetch_offload.testing.pipelines import CASES
+from prefetch_offload.testing.pipelines import CASES, scaled
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+# Weights next to which activations are small, as in the real models.
+BUDGETED: dict[str, tuple[Any, dict[str, int]]] = {
+    "sdxl": (scaled("sdxl", width=96, vae_width=8, text_width=128, text_layers=6), {"height": 16, "width": 16}),
+    "flux": (scaled("flux", width=192, layers=4, text_width=192, text_layers=8, vae_width=8), {}),
+}
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -53,6 +58,30 @@ def test_same_images_as_resident(name: str, dtype: torch.dtype, budget: Any) -> 
         assert offload.hazards == []
         assert offload.stats.d2h_nbytes == 0
         assert all(c.pinned for c in offload.stats.components)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.6])
+@pytest.mark.parametrize("name", ["sdxl", "flux"])
+def test_a_budget_in_bytes(name: str, share: float) -> None:
+    """Streamed: the resident images, and no more of the device than was promised."""
+    case, inputs = BUDGETED[name]
+    pipe = case.build().to("cuda")
+    truth = [np.asarray(case.call(pipe, seed=seed, **inputs)) for seed in range(3)]  # libraries have their workspaces now
+    pipe.to("cpu")
+    del pipe
+    pipe = case.build()
+    budget = int(share * weight_nbytes(pipe))
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    with prefetch_offload.enable(pipe, budget=budget, verify=True, unit_min=64 << 10, unit_max=512 << 10) as offload:
+        for seed in range(3):
+            torch.cuda.reset_peak_memory_stats()
+            assert_same([np.asarray(case.call(pipe, seed=seed, **inputs))], truth[seed : seed + 1])
+            assert torch.cuda.max_memory_allocated() - before <= budget, f"call {seed}"
+        assert offload.stats.peak_nbytes - before <= budget, "also where the statistic was reset to measure"
+        assert offload.hazards == []
+        assert not offload.stats.counts
+        assert sum(c.exposed_ms + c.hidden_ms for c in offload.stats.components) > 0
 
 
 @pytest.mark.parametrize("way", ["packed", "fp8"])

@@ -11,7 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import HfApi
+from huggingface_hub.hf_api import ModelInfo
+from huggingface_hub.utils import SafetensorsFileMetadata, TensorInfo
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
@@ -263,6 +267,42 @@ def test_the_hub_is_asked_for_headers_only(folder: Path, monkeypatch: pytest.Mon
     assert known.parts == models.find(str(folder), None).parts
 
 
+def test_a_repository_of_the_hub_is_listed_and_its_headers_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what `huggingface_hub` gives, in its own types; no weights are asked for."""
+    names = [str(p.relative_to(folder)) for p in sorted(folder.rglob("*")) if p.is_file()]
+    asked: list[str] = []
+
+    def model_info(self: HfApi, repo: str) -> ModelInfo:
+        assert repo == "x/y"
+        return ModelInfo(id=repo, siblings=[{"rfilename": name} for name in names])
+
+    def download(repo: str, name: str) -> str:
+        asked.append(name)
+        return str(folder / name)
+
+    def header(repo: str, name: str) -> SafetensorsFileMetadata:
+        asked.append(name)
+        with safe_open(folder / name, framework="numpy") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118, it is no dict
+            told = {k: TensorInfo(s.get_dtype(), s.get_shape(), (0, 0)) for k, s in slices.items()}
+        return SafetensorsFileMetadata({}, told)
+
+    monkeypatch.setattr(models, "try_to_load_from_cache", lambda repo, name: None)
+    monkeypatch.setattr(HfApi, "model_info", model_info)
+    monkeypatch.setattr(models, "hf_hub_download", download)
+    monkeypatch.setattr(models, "parse_safetensors_file_metadata", header)
+    known = models.find("x/y", None)
+    assert known.parts == models.find(str(folder), None).parts
+    assert asked[0] == "model_index.json"
+    assert set(asked[1:]) == {name for name in names if name.endswith(".safetensors")}
+    names.remove("model_index.json")
+    with pytest.raises(SettingError, match=r"x/y: the repository has no model_index\.json"):
+        models.find("x/y", None)
+    monkeypatch.setattr(HfApi, "model_info", lambda self, repo: 1 / 0)
+    with pytest.raises(SettingError, match="the hub did not give it: division by zero"):
+        models.find("x/y", None)
+
+
 def test_a_cached_model_of_the_hub_needs_no_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "try_to_load_from_cache", lambda repo, name: str(folder / name))
     assert models.find("x/y", None).parts == models.find(str(folder), None).parts
@@ -292,6 +332,23 @@ def test_the_text_timeline_has_a_letter_for_whoever_is_busy() -> None:
     assert "C" in copies
     assert "C" in waits and set(waits) <= set("ABCD.")
     assert "C unet" in lines[3]
+
+
+def test_the_text_curve_has_a_bar_for_each_budget_and_link() -> None:
+    made = look(Request("flux", ("8GiB,16GiB,40GiB",), ("12,25",)))
+    lines = curve.bars(plan_command.curve_lines(made, GIB), 100, "GiB").splitlines()
+    assert [line.strip() for line in (lines[0], lines[4])] == ["12 GB/s", "25 GB/s"]
+    drawn = [line.split("|")[1] for line in lines if "|" in line]
+    assert [len(bar) for bar in drawn] == [69] * 6
+    lengths = [len(bar.strip()) for bar in drawn]
+    most = max(row.seconds for row in made.rows)
+    assert lengths == [round(row.seconds / most * 69) for row in made.rows]
+    assert lengths[0] == 69 > lengths[1] >= lengths[2], "the slowest fills it"
+    limits = [round(row.limit_s / most * 69) for row in made.rows]
+    assert [bar.count("#") for bar in drawn] == [min(pair) for pair in zip(lengths, limits, strict=True)]
+    output = call("--model", "flux", "--budget", "8GiB,16GiB", "--link", 25).output
+    assert "Seconds a call in so much device memory, predicted:" in output
+    assert " 8.00 GiB |##" in output and "16.00 GiB |##" in output
 
 
 def test_one_call_begins_with_what_it_waits_for_and_ends_with_its_last_kernel() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -11,8 +12,11 @@ import pytest
 import torch
 from conftest import DEVICE, settle
 from diffusers import DiffusionPipeline
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import nn
 
+import prefetch_offload
 from prefetch_offload.schedule import _scripts, repeating
 from prefetch_offload.simulator import Link, Workload, simulate
 from prefetch_offload.window import Scripted, Share
@@ -212,3 +216,49 @@ def test_units_that_are_read_in_several_places(turns: str, share: float, sim: An
         assert copied[-1] <= planned + again, "at most the one that is read twice, in each pass"
     else:
         assert copied[-1] == planned
+
+
+WIDTHS = st.lists(st.integers(4, 14).map(lambda n: 32 * n), min_size=1, max_size=12)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(
+    widths=st.tuples(WIDTHS, WIDTHS),
+    passes=st.lists(st.integers(1, 5), min_size=3, max_size=4),
+    share=st.floats(0.1, 1.3),
+    gbps=st.sampled_from([0.02, 0.1, 0.5, 4.0]),
+)
+def test_any_network_in_any_budget_over_any_link(
+    sim: Any, widths: tuple[list[int], list[int]], passes: list[int], share: float, gbps: float
+) -> None:
+    """By the default strategy, for times as they are: right, in the budget, without a hazard, and it ends."""
+
+    def made() -> Pair:
+        torch.manual_seed(len(passes))
+        return Pair(*map(Chain, widths))
+
+    nbytes = [4 * w * w for some in widths for w in some]
+    budget = max(int(share * sum(nbytes)), 2 * max(nbytes) + (32 << 10))  # activations, and the margin that is left to them
+    x = torch.randn(1, 32, generator=torch.Generator().manual_seed(1))
+    sim.configure(1 << 50, 0, 0, 0)
+    resident = made().to(DEVICE)
+    expected = [resident(x, n) for n in passes]
+    del resident
+    pipe = made()
+    settle(sim)
+    sim.configure(1 << 50, gbps, gbps, gbps)
+    faulthandler.dump_traceback_later(60, exit=True)  # a deadlock in the simulator hears no signal
+    try:
+        with prefetch_offload.enable(pipe, device=DEVICE, budget=budget, verify=True, **UNITS) as offload:
+            for n, truth in zip(passes, expected, strict=True):
+                settle(sim)
+                sim.reset()
+                assert torch.equal(pipe(x, n), truth)
+                assert sim.counters()["peak"] <= budget
+                offload._engine.residency.validate()
+            assert offload.stats.peak_nbytes <= budget
+            assert not offload.stats.counts
+            assert offload.hazards == []
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    assert sim.hazards() == []

@@ -69,6 +69,21 @@ def text(plan: CallPlan, width: int) -> str:
     return "\n".join((*lines, f"{'':17}  {legend}; {length_ms / 1e3:.2f} s wide: {left_out(plan)}"))
 
 
+def bars(lines: Sequence[Line], width: int, unit: str) -> str:
+    """Latency over memory as text: for each link a bar for each budget, all of one scale. `#` reaches to the physical limit."""
+    most = max(seconds for line in lines for _, seconds, _ in line.points)
+    cells = max(10, width - 31)
+    rows = []
+    for line in lines:
+        rows.append(f"{line.label:>17}")
+        for memory, seconds, limit in line.points:
+            length = max(1, round(seconds / most * cells))
+            solid = min(length, round(limit / most * cells))
+            bar = "#" * solid + "-" * (length - solid)
+            rows.append(f"{memory:>13.2f} {unit} |{bar:<{cells}}| {seconds:.3g} s")
+    return "\n".join((*rows, f"{'':17}  # to the physical limit, - beyond it"))
+
+
 def _cells(spans: Sequence[Span], length_ms: float, cells: int, letters: Mapping[str, str]) -> str:
     """In each cell whoever has most of it, and nothing where that is less than a quarter."""
     cell_ms = length_ms / cells

@@ -331,9 +331,13 @@ def plan(request: Request, json_only: bool, console: Console) -> None:
     )
     for line in made.assumptions:
         console.print(f"  {line}", soft_wrap=True, style="dim", markup=False, highlight=False)
+    unit, scale = curve.unit_of(made.resident_nbytes)
+    width = min(console.width, 118)
+    console.print("\nSeconds a call in so much device memory, predicted:")
+    console.print(Text(curve.bars(curve_lines(made, scale), width, unit)), soft_wrap=True)
     chosen = shown_plan(made)
     console.print(f"\nOne call in {told(chosen.budget_nbytes)} over {chosen.link.gbps:g} GB/s, predicted:")
-    console.print(Text(curve.text(chosen, min(console.width, 118))), soft_wrap=True)
+    console.print(Text(curve.text(chosen, width)), soft_wrap=True)
     if request.out is not None:
         console.print(f"Wrote curve.png and call.png to {request.out}.", soft_wrap=True)
 
