@@ -28,6 +28,7 @@ PURE_MODULES = (
     "simulator",
     "strategy",
     "trace",
+    "trial",
     "units",
     "window",
 )
