@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import filterfalse
 from typing import Any, NamedTuple
 
 
@@ -129,8 +130,8 @@ def plan_entry(
     if prefetch and held <= cap_nbytes:
         taken = set(view.held) | own
         for i, name in enumerate(upcoming):
-            for unit in components.get(name, ()):
-                if unit in taken or unit not in view.prefetchable:
+            for unit in filterfalse(taken.__contains__, components.get(name, ())):
+                if unit not in view.prefetchable:
                     continue
                 room = cap_nbytes - held
                 tail = len(victims)
@@ -192,9 +193,10 @@ def lasting(
     rooms = [room_nbytes(name) for name in names]
     there = [0] * len(names)  # bytes by component that are wanted no later than those to be prefetched
     dropped = set(plan.drops)
-    for unit in held:
-        if unit not in dropped and owner[unit] in index:
-            there[index[owner[unit]]] += nbytes[unit]
+    for unit in filterfalse(dropped.__contains__, held):
+        at = index.get(owner[unit])
+        if at is not None:
+            there[at] += nbytes[unit]
     kept = 0
     for unit in plan.prefetches:
         at = index[owner[unit]]

@@ -83,7 +83,7 @@ class _Trial:
             - (self.shares[name].limit_nbytes if name in self.shares else of.totals[name])
             for name, c in of.workload.components.items()
         }
-        self.idle: dict[int, Turns] = {}
+        self.turns: dict[tuple[int, tuple[str, ...] | None], Turns] = {}  # by run, and what is there first; None: idle
         self.now = self.link = self.skipped_ms = 0.0
         self.arrived: dict[str, bool] = {}  # of units that are on the device or on their way
         self.ready: dict[str, float] = {}
@@ -147,7 +147,9 @@ class _Trial:
         else:
             heads = {**self.heads, name: first} if share is not None else self.heads
             ahead = share is None or share.ahead
-            turns = of.turns(upcoming, heads)
+            if (i, first) not in self.turns:
+                self.turns[i, first] = of.turns(upcoming, heads)
+            turns = self.turns[i, first]
             plan = plan_entry(self.view(), name, room, upcoming, frozenset(), ahead, heads, c.streamable, turns)
             plan = lasting(plan, self.arrived, room, of.nbytes, of.owner, upcoming, self.rooms.__getitem__)
         own = plan.loads
@@ -207,12 +209,10 @@ class _Trial:
                     self.move(drops, loads)
             if last and turn(at, len(reads)) and window.finished():
                 upcoming = of.upcoming[i]
-                if i not in self.idle:
-                    self.idle[i] = of.turns(upcoming, self.heads)
-                rest = of.workload.components[name].must.union(u for u, _ in reads[at + 1 :])
-                plan = plan_entry(
-                    self.view(), None, cap, upcoming, rest, heads=self.heads, turns=self.idle[i]
-                )
+                if (i, None) not in self.turns:
+                    self.turns[i, None] = of.turns(upcoming, self.heads)
+                rest = of.workload.components[name].must.union(of.components[name][at + 1 :])
+                plan = plan_entry(self.view(), None, cap, upcoming, rest, heads=self.heads, turns=self.turns[i, None])
                 plan = lasting(plan, arrived, cap, of.nbytes, of.owner, upcoming, self.rooms.__getitem__)
                 if plan.drops or plan.prefetches:
                     self.move(plan.drops, plan.prefetches)
