@@ -21,12 +21,10 @@ from .window import Script, Share
 
 MOST_UNITS = 8  # every set of them may be on the device: twice as many with each more
 MOST_READS = 80
-DECISIONS = 60_000  # that may be tried: up to some 0.3 s, once. With half as many, 2 of 500 cases are over 5% from the optimum
+DECISIONS = 60_000  # that may be tried: up to half a second, once. A third of it: 2 of 500 cases over 5% from the optimum
 CALLS = 4  # until what a call leaves on the link has come to rest
 ENOUGH = 1.005  # of the physical limit: not worth a search
 BEAM = 200  # states to go on from behind each read
-JOINT = 15  # the same, where all sets that a call may begin with are looked at together
-JOINT_ROUNDS = 3
 ROUNDS = 4  # calls in which what a call leaves on the link has to come to rest
 
 # What a call begins with, later than its start: when the link is free, and when each unit arrives.
@@ -55,7 +53,6 @@ class _State(NamedTuple):
     after: int  # the set on the device
     before: _State | None
     least: float  # the call takes at least so long
-    copied: float  # what the link has done for it so far
 
 
 def scripted(workload: Workload, budget_nbytes: int, link: Link, shares: Mapping[str, Share]) -> dict[str, Share]:
@@ -124,9 +121,7 @@ class _Schedules:
     effort: int
     found: Schedule | None = None
     certain: bool = True
-    narrow: bool = True  # units come in the order in which they are read, and none is passed over
     choices: dict[tuple[int, int], list[tuple[tuple[int, ...], int]]] = field(default_factory=dict)
-    missing: dict[tuple[int, int, int], float] = field(default_factory=dict)
 
     def search(self) -> tuple[Schedule | None, bool]:
         components = self.workload.components
@@ -154,20 +149,15 @@ class _Schedules:
         for i in range(2 * end - 1, -1, -1):
             self.next[i] = [*self.next[i + 1]]
             self.next[i][self.reads[i % end][0]] = i
-        self._rest()
+        for i in range(end - 1, -1, -1):
+            self.rest[i] = self.rest[i + 1] + self.reads[i][1]
         self.order = [sorted(range(n), key=self.next[i].__getitem__) for i in range(end)]
         self.ahead = [  # the units that are read again in this call, in order, and what follows that
             [(v, self.rest[self.next[i + 1][v]]) for v in self.order[i] if self.next[i + 1][v] < end] for i in range(end)
         ]
         for ahead in self.ahead:
             ahead.sort(key=lambda a: -a[1])
-        self.copies = [sum(self.copy[v] for v in range(n) if m >> v & 1) for m in range(1 << n)]
-        self.wanted = [sum(1 << v for v, _ in ahead) for ahead in self.ahead]  # read again in this call
         starts = sorted((self._least(m), m) for m in range(1 << n) if self.total[m] <= self.reads[-1][2])
-        self.narrow = True
-        self._together([start for least, start in starts if least < self.best_ms])
-        self.narrow = False
-        self.choices.clear()
         for least, start in starts:
             if least >= self.best_ms:
                 break
@@ -175,33 +165,6 @@ class _Schedules:
                 return self.found, False
             self._from(start)
         return self.found, self.certain
-
-    def _rest(self) -> None:
-        """From each read on, what is left takes at least its compute; and what is read in a stretch and was not there when
-        it began has to be copied in it, before its last read. Stretches that follow each other add up."""
-        for i in range(self.end - 1, -1, -1):
-            first, _, room = self.reads[i]
-            seen, compute, behind, best = 0, 0.0, 0.0, 0.0
-            for e in range(i, self.end):
-                unit, ms, _ = self.reads[e]
-                compute += ms
-                behind += ms
-                if not seen >> unit & 1:
-                    seen |= 1 << unit
-                    missing = self._missing(seen, first, room)
-                    behind = missing + ms if missing > 0 else 0.0
-                best = max(best, max(compute, behind) + self.rest[e + 1])
-            self.rest[i] = best
-
-    def _missing(self, units: int, first: int, room: int) -> float:
-        """The least time to copy `units`, of which as many as there is room for are there already, `first` among them."""
-        if (units, first, room) not in self.missing:
-            kept = [(self.size[first], 0.0)]
-            others = [v for v in range(self.n) if units >> v & 1 and v != first]
-            for v in others:
-                kept += [(nbytes + self.size[v], ms + self.copy[v]) for nbytes, ms in kept if nbytes + self.size[v] <= room]
-            self.missing[units, first, room] = sum(self.copy[v] for v in others) - max(ms for _, ms in kept)
-        return self.missing[units, first, room]
 
     def _least(self, start: int) -> float:
         """What a call that begins with `start` takes at least."""
@@ -212,67 +175,22 @@ class _Schedules:
                 least = max(least, queue + self.rest[self.next[0][v]])
         return least
 
-    def _together(self, starts: list[int]) -> None:
-        """As `_from` for all of these at once, going on from the most promising states only: what is found makes the search
-        behind it shorter, and may be all there is time for."""
-        lags: list[tuple[int, Lag]] = [(start, (0.0, (0.0,) * self.n)) for start in starts]
-        for _ in range(JOINT_ROUNDS):
-            layer = [(start, _State(0.0, *lag, start, None, 0.0, 0.0), lag) for start, lag in lags]
-            for i in range(self.end):
-                found: dict[tuple[int, int], list[tuple[int, _State, Lag]]] = {}
-                for start, state, lag in layer:
-                    for loads, after in self._choices(state.after, i):
-                        self.effort -= 1
-                        least = self._link_ms(i, state, loads, start, after)
-                        new = self._step(i, state, loads, after) if least < self.best_ms else None
-                        if new is not None:
-                            new = new._replace(least=max(new.least, least))
-                            found.setdefault((start, after), []).append((start, new, lag))
-                layer = []
-                for some in found.values():
-                    front: list[_State] = []
-                    for each in sorted(some, key=lambda e: e[1][:3]):
-                        if not any(_before(f, each[1]) for f in front):
-                            front.append(each[1])
-                            layer.append(each)
-                layer = sorted(layer, key=lambda e: (e[1].least, *e[1][:4], e[0]))[:JOINT]
-            before, lags = set(lags), []
-            for start, state, lag in layer:
-                left = self._left(start, state)
-                if left is not None and not self._repeats(state, left, lag) and (start, left) not in before:
-                    lags.append((start, left))
-
-    def _link_ms(self, i: int, state: _State, loads: tuple[int, ...], start: int, after: int) -> float:
-        """What the link has to do in a call that goes on like this: if it can be repeated, that fits into it."""
-        return state.copied + sum([self.copy[v] for v in loads]) + self.copies[(self.wanted[i] | start) & ~after]
-
-    def _left(self, start: int, end: _State) -> Lag | None:
-        """What a call leaves on the link to the next one; None: it does not leave what it began with, or takes too long."""
-        if start & ~end.after or end.now >= self.best_ms:
-            return None
-        return end.link - end.now, tuple(max(0.0, t - end.now) if start >> v & 1 else 0.0 for v, t in enumerate(end.ready))
-
-    def _repeats(self, end: _State, left: Lag, lag: Lag) -> bool:
-        """Whether a call that found `lag` and leaves `left` can be repeated. If so, it is the shortest so far."""
-        if _no_later(left, lag):
-            self.best_ms = end.now
-            self.found = Schedule(end.now, self._path(end))
-            return True
-        return False
-
     def _from(self, start: int) -> None:
         """Calls that begin and end with `start`: from a free link first, then from what such a call leaves."""
         lags: list[Lag] = [(0.0, (0.0,) * self.n)]
         for _ in range(ROUNDS):
-            every: set[Lag] = set()
+            left: set[Lag] = set()
             for lag in lags:
-                for state in self._call(start, lag):
-                    left = self._left(start, state)
-                    if left is not None:
-                        every.add(left)
-                        self._repeats(state, left, lag)
+                for held, s in self._call(start, lag):
+                    if start & ~held or s.now >= self.best_ms:
+                        continue
+                    late = tuple(max(0.0, t - s.now) if start >> v & 1 else 0.0 for v, t in enumerate(s.ready))
+                    left.add((s.link - s.now, late))
+                    if _no_later((s.link - s.now, late), lag):
+                        self.best_ms = s.now
+                        self.found = Schedule(s.now, self._path(s))
             lags = []
-            for one in sorted(every):
+            for one in sorted(left):
                 if not any(_no_later(other, one) for other in lags):
                     lags.append(one)
             if not lags:
@@ -289,16 +207,14 @@ class _Schedules:
             state = state.before
         return tuple(reversed(found))
 
-    def _call(self, start: int, lag: Lag) -> Iterator[_State]:
-        layer = {start: [_State(0.0, lag[0], lag[1], start, None, 0.0, 0.0)]}
+    def _call(self, start: int, lag: Lag) -> Iterator[tuple[int, _State]]:
+        layer = {start: [_State(0.0, lag[0], lag[1], start, None, 0.0)]}
         for i in range(self.end):
             found: dict[int, list[_State]] = {}
             for held, states in layer.items():
                 for loads, after in self._choices(held, i):
                     self.effort -= len(states)
                     for state in states:
-                        if self._link_ms(i, state, loads, start, after) >= self.best_ms:
-                            continue
                         new = self._step(i, state, loads, after)
                         if new is not None:
                             found.setdefault(after, []).append(new)
@@ -318,17 +234,17 @@ class _Schedules:
                 layer = {}
                 for s in sorted(every, key=lambda s: (s.least, *s[:4]))[:BEAM]:
                     layer.setdefault(s.after, []).append(s)
-        for states in layer.values():
-            yield from states
+        for held, states in layer.items():
+            for s in states:
+                yield held, s
 
     def _step(self, i: int, state: _State, loads: tuple[int, ...], after: int) -> _State | None:
         """Read number `i` behind these loads; None: too late."""
         unit, compute, _ = self.reads[i]
-        now, link, ready, copied = state.now, state.link, [*state.ready], state.copied
+        now, link, ready = state.now, state.link, [*state.ready]
         for v in loads:
             link = (link if link > now else now) + self.copy[v]
             ready[v] = link
-            copied += self.copy[v]
         now = (ready[unit] if ready[unit] > now else now) + compute
         queue = link if link > now else now
         least = now + self.rest[i + 1]
@@ -342,8 +258,8 @@ class _Schedules:
                 least = late
         if least >= self.best_ms:
             return None
-        pending = tuple([t if t > now and after >> v & 1 else 0.0 for v, t in enumerate(ready)])
-        return _State(now, max(link, now), pending, after, state, max(least, state.least), copied)
+        pending = tuple(t if t > now and after >> v & 1 else 0.0 for v, t in enumerate(ready))
+        return _State(now, max(link, now), pending, after, state, max(least, state.least))
 
     def _choices(self, held: int, i: int) -> list[tuple[tuple[int, ...], int]]:
         """What may be done before read `i`: (loads in order of use, the set then on the device).
@@ -362,7 +278,7 @@ class _Schedules:
             self.choices[held, i] = found
             return found
         for r in range(len(missing) + 1):
-            for loads in [tuple(missing[:r])] if self.narrow else itertools.combinations(missing, r):
+            for loads in itertools.combinations(missing, r):
                 more = sum(1 << v for v in loads)
                 if there & ~(held | more) or self.total[more | there] > room:
                     continue
