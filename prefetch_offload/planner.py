@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import filterfalse
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,24 @@ def distances(
     nbytes: Mapping[str, int], components: Mapping[str, tuple[str, ...]], upcoming: Sequence[str]
 ) -> dict[str, int]:
     """For each unit, how many component switches away its next use is; units that no upcoming component reads are last."""
-    far = len(upcoming)
-    found: dict[str, int] = {}
-    for i, component in enumerate(upcoming):
-        for unit in components.get(component, ()):
-            found.setdefault(unit, i)
-    return {unit: found.get(unit, far) for unit in nbytes}
+    found = dict.fromkeys(nbytes, len(upcoming))
+    for i in range(len(upcoming) - 1, -1, -1):
+        found.update(dict.fromkeys(components.get(upcoming[i], ()), i))
+    return found
+
+
+class Turns(NamedTuple):
+    """When units are used next, for a caller that asks again and again about the same components.
+
+    Attributes:
+        distance: see `distances`.
+        rank: what is used last ranks highest: farthest first; of one component the last units first, so that what stays is
+            the part it reads first. Between components that are equally far the name decides: sets have an order of their
+            own in every process.
+    """
+
+    distance: Mapping[str, int]
+    rank: Mapping[str, Any]
 
 
 def plan_entry(
@@ -67,6 +81,7 @@ def plan_entry(
     prefetch: bool = True,
     heads: Mapping[str, tuple[str, ...]] | None = None,
     lazily: bool = False,
+    turns: Turns | None = None,
 ) -> EntryPlan:
     """The plan for entering `component`, or for idle time when it is None.
 
@@ -80,6 +95,7 @@ def plan_entry(
         heads: for components that do not get room for all of their units, those to hold when they begin, in the order
             they come; the rest streams. Of others all units are held.
         lazily: the component awaits each unit when it is read.
+        turns: for these components, heads and `upcoming`, where they are known already.
 
     Returns:
         A plan whose `peak_nbytes` is at most `cap_nbytes`, unless the component and the protected units alone are more.
@@ -89,19 +105,19 @@ def plan_entry(
     components = {**view.components, **heads} if heads else view.components
     wanted = components[component] if component is not None else ()
     own = frozenset(wanted)
-    distance = distances(view.nbytes, components, upcoming)
-    order = {u: i for units in view.components.values() for i, u in enumerate(units)}
-    # Farthest first; of one component the last units first, so that what stays is the part it reads first. Between
-    # components that are equally far the name decides: sets have an order of their own in every process.
-    victims = sorted(
-        (u for u in view.held if u not in own and u not in protected),
-        key=lambda u: (distance[u], order.get(u, 0), u),
-    )
+    if turns is None:
+        far = distances(view.nbytes, components, upcoming)
+        order = {u: i for units in view.components.values() for i, u in enumerate(units)}
+        turns = Turns(far, {u: (far[u], order.get(u, 0), u) for u in view.held})
+    distance = turns.distance
+    victims = sorted(view.held - own - protected, key=turns.rank.__getitem__)
     # What streams begins with its head: its window is accounted for unit by unit from there on.
     drops: list[str] = []
     if component is not None and component in heads:
         drops = [u for u in view.components[component] if u in view.held and u not in own and u not in protected]
-    victims = [u for u in victims if u not in drops]
+    if drops:
+        leaving = set(drops)
+        victims = [u for u in victims if u not in leaving]
     held = view.held_nbytes + sum(view.nbytes[u] for u in own - view.held) - sum(view.nbytes[u] for u in drops)
     loads = tuple(u for u in wanted if u not in view.held) if lazily and component is not None else None
 
@@ -114,8 +130,8 @@ def plan_entry(
     if prefetch and held <= cap_nbytes:
         taken = set(view.held) | own
         for i, name in enumerate(upcoming):
-            for unit in components.get(name, ()):
-                if unit in taken or unit not in view.prefetchable:
+            for unit in filterfalse(taken.__contains__, components.get(name, ())):
+                if unit not in view.prefetchable:
                     continue
                 room = cap_nbytes - held
                 tail = len(victims)
@@ -177,9 +193,10 @@ def lasting(
     rooms = [room_nbytes(name) for name in names]
     there = [0] * len(names)  # bytes by component that are wanted no later than those to be prefetched
     dropped = set(plan.drops)
-    for unit in held:
-        if unit not in dropped and owner[unit] in index:
-            there[index[owner[unit]]] += nbytes[unit]
+    for unit in filterfalse(dropped.__contains__, held):
+        at = index.get(owner[unit])
+        if at is not None:
+            there[at] += nbytes[unit]
     kept = 0
     for unit in plan.prefetches:
         at = index[owner[unit]]

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from .bound import lower_bound_ms
-from .simulator import SIMULATED_PASSES, ComponentLoad, Link, Workload, simulate
+from .simulator import SIMULATED_PASSES, ComponentLoad, Link, Workload
+from .trial import Trials
 from .window import Share, handed_over, share_of
 
 FINE_STEPS = 5_400  # of comparing windows on the units themselves
@@ -24,8 +25,10 @@ def refined(workload: Workload, shares: dict[str, Share], budget_nbytes: int, li
     if trials < 2 or not shares:
         return shares
 
+    tried = Trials(workload, budget_nbytes, link)
+
     def value(candidate: dict[str, Share]) -> tuple[float, int]:
-        p = simulate(workload, candidate, budget_nbytes, link, records=False)
+        p = tried(candidate)
         return (p.call_ms if p.peak_nbytes <= budget_nbytes else math.inf, p.h2d_nbytes)
 
     best, least = shares, value(shares)

@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from .bound import lower_bound_ms
-from .simulator import Link, Workload, simulate
+from .simulator import Link, Workload
+from .trial import Trials
 from .window import Script, Share
 
 MOST_UNITS = 8  # every set of them may be on the device: twice as many with each more
 MOST_READS = 80
-DECISIONS = 60_000  # that may be tried: about half a second, once
+DECISIONS = 60_000  # that may be tried: up to half a second, once. A third of it: 2 of 500 cases over 5% from the optimum
 CALLS = 4  # until what a call leaves on the link has come to rest
 ENOUGH = 1.005  # of the physical limit: not worth a search
 BEAM = 200  # states to go on from behind each read
@@ -63,7 +64,8 @@ def scripted(workload: Workload, budget_nbytes: int, link: Link, shares: Mapping
     names = [name for name, _ in workload.runs]
     if n_reads > MOST_READS or len(set(names)) < len(names) or not all(c.apart for c in workload.components.values()):
         return dict(shares)
-    before = simulate(workload, shares, budget_nbytes, link, CALLS, records=False)
+    trials = Trials(workload, budget_nbytes, link)
+    before = trials(shares, CALLS)
     fits = before.peak_nbytes <= budget_nbytes
     if fits and before.call_ms <= ENOUGH * lower_bound_ms(workload, budget_nbytes, link):
         return dict(shares)
@@ -71,7 +73,7 @@ def scripted(workload: Workload, budget_nbytes: int, link: Link, shares: Mapping
     if found is None:
         return dict(shares)
     scripts = _scripts(workload, found)
-    after = simulate(workload, scripts, budget_nbytes, link, CALLS, records=False)
+    after = trials(scripts, CALLS)
     return scripts if after.peak_nbytes <= budget_nbytes and after.call_ms < before.call_ms else dict(shares)
 
 

@@ -20,7 +20,8 @@ from typing import Any
 from .bound import lower_bound_ms
 from .refine import passes_of, refined
 from .schedule import MOST_UNITS, scripted
-from .simulator import SIMULATED_PASSES, ComponentLoad, Link, Workload, simulate
+from .simulator import SIMULATED_PASSES, ComponentLoad, Link, Workload
+from .trial import Trials
 from .window import Share, Window, handed_over, share_of
 
 # Simulated unit uses that a search may take: a small workload is worth a thorough search; a large one gets
@@ -152,6 +153,7 @@ class _Search:
     def shares(self) -> dict[str, Share]:
         self.names = tuple(self.workload.components)
         self.seen: dict[Choice, Value] = {}
+        self.trials = Trials(self.workload, self.budget_nbytes, self.link)
         self.cost = 2 * sum(
             min(passes, SIMULATED_PASSES) * len(self.workload.components[name].units) for name, passes in self.workload.runs
         )
@@ -187,7 +189,7 @@ class _Search:
         """The steady call's time. Of two that take equally long: the first call's, then the bytes that are copied."""
         if choice not in self.seen:
             self.steps -= max(1, self.cost)
-            p = simulate(self.workload, self._named(choice), self.budget_nbytes, self.link, records=False)
+            p = self.trials(self._named(choice))
             fits = p.peak_nbytes <= self.budget_nbytes
             self.seen[choice] = (round(p.call_ms, 6) if fits else math.inf, round(p.first_ms, 6), p.h2d_nbytes)
         return self.seen[choice]

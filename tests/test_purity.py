@@ -28,6 +28,7 @@ PURE_MODULES = (
     "simulator",
     "strategy",
     "trace",
+    "trial",
     "units",
     "window",
 )
@@ -117,3 +118,42 @@ def test_the_check_itself_objects(statement: str) -> None:
 def test_the_check_objects_to_a_missing_module() -> None:
     with pytest.raises(AssertionError, match="no_such_module"):
         assert_pure("import prefetch_offload.no_such_module\n")
+
+
+PLANNING = """
+import hashlib
+from prefetch_offload.figures import MODELS
+from prefetch_offload.shapes import workload_of
+from prefetch_offload.simulator import ComponentLoad, Link, Workload
+from prefetch_offload.strategy import plan_call
+
+def told(share):
+    rows = share.script.rows if share.script else None
+    return share.limit_nbytes, sorted(share.keep), share.ahead, share.head and sorted(share.head), sorted(share.late), rows
+
+def planned(workload, budget, gbps):
+    plan = plan_call(workload, budget, Link(gbps))
+    return {name: told(share) for name, share in sorted(plan.shares.items())}, repr(plan.prediction.call_ms)
+
+sdxl = MODELS["sdxl"]
+sdxl = workload_of(sdxl.parts, sdxl.steps, sdxl.step_ms, sdxl.encode_ms, sdxl.decode_ms)
+parts = {}
+for name, sizes in (("a", (5, 3, 8)), ("b", (7, 2, 6, 4))):
+    units = tuple(f"{name}{i}" for i in range(len(sizes)))
+    parts[name] = ComponentLoad(units, dict(zip(units, (s * 10**6 for s in sizes))), dict(zip(units, (1.0, 2.5, 1.5, 3.0))))
+small = Workload(parts, (("a", 1), ("b", 3)))
+found = [planned(sdxl, 3 << 30, 25.0), planned(small, 19 * 10**6, 2.0)]
+assert found[0][0] and any(rows for *_, rows in found[1][0].values()), "shares, and a script"
+print(hashlib.sha256(repr(found).encode()).hexdigest())
+"""
+
+
+def test_another_process_finds_the_same_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sets and dicts of names have an order of their own in every process."""
+    found = set()
+    for seed in ("0", "1", "2"):
+        monkeypatch.setenv("PYTHONHASHSEED", seed)
+        done = python(PLANNING)
+        assert done.returncode == 0, done.stderr
+        found.add(done.stdout)
+    assert len(found) == 1

@@ -129,10 +129,14 @@ def test_no_slower_than_pinned_copies_of_whole_components_one_after_the_other(
     assert simulate(workload, balanced(workload, budget, link), budget, link).call_ms <= serial + TINY
 
 
-@settings(deadline=None, max_examples=60, derandomize=True)
+@settings(deadline=None, max_examples=100, derandomize=True)
 @given(questions(), st.floats(1.0, 1.5))
 def test_more_memory_is_not_slower(question: tuple[Workload, int, Link], factor: float) -> None:
-    """The same examples every time: a search of limited effort makes an exception of about one in 200 (2.4% slower)."""
+    """The same examples every time, since nothing makes sure of it: each budget is searched on its own, with limited effort.
+
+    Of 3,100 other pairs with up to 5 or 12 units a component none was more than 2% slower, and one of 200 with up to 30
+    units was: by 2.3%.
+    """
     workload, budget, link = question
     less = simulate(workload, balanced(workload, budget, link), budget, link).call_ms
     more_nbytes = int(budget * factor)
