@@ -40,7 +40,7 @@ def resident_image() -> bytes:
 
 @dataclass(frozen=True)
 class Recorded:
-    """A call in the steady state, of half of the weights.
+    """A call in the steady state, within 35% of the weights.
 
     Attributes:
         copies: that began after it did, in their order.
@@ -69,7 +69,7 @@ def recorded(sim: Any) -> Recorded:
     pipe = FLUX.build()
     settle(sim)
     sim.configure(1 << 50, GBPS, GBPS, GBPS)
-    budget = weight_nbytes(pipe) // 2
+    budget = int(0.35 * weight_nbytes(pipe))
     with prefetch_offload.enable(pipe, device=DEVICE, budget=budget, strategy=steady, verify=True, **UNITS) as offload:
         for call in range(3):
             sim.op_delay_us(100 if call == 2 else 0)  # compute takes its time without taking the processor's
@@ -138,7 +138,7 @@ def test_a_text_encoder_that_streams_leaves_the_denoiser_what_it_keeps(sim: Any)
     again = sum(s.args["nbytes"] for s in call.copies if s.args["unit"] in call.kept)
     # Of what it keeps, so much leaves as others take, and the encoder takes no more than its window.
     assert again <= call.text_limit_nbytes + call.nbytes["text_encoder"] + call.nbytes["vae"]
-    assert again < min(call.kept_nbytes / 3, call.nbytes["text_encoder_2"] / 3)
+    assert again < min(call.kept_nbytes / 2, call.nbytes["text_encoder_2"] / 2)
     assert 0 < streamed - again <= STEPS * (call.nbytes["transformer"] - call.kept_nbytes)
 
 
