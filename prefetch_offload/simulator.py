@@ -121,8 +121,7 @@ class Prediction:
         start_ms: of this call, in the timeline.
         link_gbps: what the link really carries, idle time included: `h2d_nbytes` over `call_ms`.
         link_use: the part of the call in which something is copied (or turned into a unit behind its copy).
-        exposed_ms: by component, the part of `copy_ms` in which compute waits, for whatever. Like the following three,
-            empty where nothing was recorded.
+        exposed_ms: by component, the part of `copy_ms` in which compute waits, for whatever.
         copies: by component, how many units are copied.
         hits, misses: by component, how often a unit that was needed was there or on its way, and how often it was not
             (`Recorder.met`).
@@ -168,7 +167,6 @@ class _Totals:
 class _Clock:
     """The two streams' times, and what has been recorded."""
 
-    records: bool = True
     compute: float = 0.0
     copy: float = 0.0
     ready: dict[str, float] = field(default_factory=dict)
@@ -179,7 +177,7 @@ class _Clock:
     skipped_ms: float = 0.0
     stalled: dict[str, float] = field(default_factory=dict)
     copied: dict[str, float] = field(default_factory=dict)
-    noted: dict[tuple[str, str], float] = field(default_factory=dict)  # by what and component; only what is recorded
+    noted: dict[tuple[str, str], float] = field(default_factory=dict)  # by what and component
     h2d_nbytes: int = 0
 
     def totals(self) -> _Totals:
@@ -219,12 +217,11 @@ class _Device:
         shares: Mapping[str, Share],
         budget_nbytes: int,
         link: Link,
-        records: bool,
         every_pass: bool,
     ) -> None:
         self.workload, self.shares, self.budget, self.link = workload, shares, budget_nbytes, link
         self.every_pass = every_pass
-        self.clock = _Clock(records)
+        self.clock = _Clock()
         self.met: set[str] = set()  # units that were counted when their component was entered, and not read since
         self.residency = Residency()
         self.owner: dict[str, str] = {}
@@ -265,23 +262,20 @@ class _Device:
                 clock.copy = clock.ready[unit] = start + took
                 clock.copied[name] = clock.copied.get(name, 0.0) + took
                 clock.h2d_nbytes += nbytes
-                if clock.records:
-                    clock.copies.append(Span("copy", name, start, took, {"unit": unit, "nbytes": nbytes}))
-                    clock.spans.append(clock.copies[-1])
-                    clock.note("copies", name)
+                clock.copies.append(Span("copy", name, start, took, {"unit": unit, "nbytes": nbytes}))
+                clock.spans.append(clock.copies[-1])
+                clock.note("copies", name)
             elif isinstance(instruction, Await):
                 wait = clock.ready[unit] - clock.compute
                 if wait > 0:
                     clock.stalled[name] = clock.stalled.get(name, 0.0) + wait
-                    if clock.records:
-                        clock.waits(name, unit, wait)
+                    clock.waits(name, unit, wait)
                     clock.compute += wait
             elif isinstance(instruction, Drop) and not instruction.arrived:
                 clock.compute = max(clock.compute, clock.ready[unit])  # freed behind its copy
         # Drops come before the loads that take their place, so what is held in the end is the most.
         clock.peak_nbytes = max(clock.peak_nbytes, self.residency.held_nbytes + activations)
-        if clock.records:
-            clock.levels.append(Level(clock.compute, self.residency.held_nbytes))
+        clock.levels.append(Level(clock.compute, self.residency.held_nbytes))
 
     def run_call(self) -> None:
         runs = self.workload.runs
@@ -318,11 +312,10 @@ class _Device:
         act = component.activation_nbytes
         entered = self.residency.handle(Entered(name, plan))
         self.carry_out(entered, act)
-        if self.clock.records:
-            self.met = set(self.residency.held(name))
-            missing = sum(isinstance(i, Load) and self.owner[i.unit] == name for i in entered)
-            self.clock.note("misses", name, missing)
-            self.clock.note("hits", name, len(self.met) - missing)
+        self.met = set(self.residency.held(name))
+        missing = sum(isinstance(i, Load) and self.owner[i.unit] == name for i in entered)
+        self.clock.note("misses", name, missing)
+        self.clock.note("hits", name, len(self.met) - missing)
         window: Window | None = None
         if share is not None:
             window = window_of(component.units, component.nbytes, share)
@@ -356,7 +349,7 @@ class _Device:
             window.begin()
         for i, unit in enumerate(component.units):
             streamed = window is not None and window.streams(unit)
-            if clock.records and residency.state(unit) is not State.READY:
+            if residency.state(unit) is not State.READY:
                 if unit in self.met:  # counted when the component was entered
                     self.met.remove(unit)
                 else:
@@ -373,8 +366,7 @@ class _Device:
                 self.carry_out(residency.handle(Needed((unit,))), act)
             start = clock.compute
             clock.compute += component.compute_ms.get(unit, 0.0)
-            if clock.records:
-                clock.spans.append(Span("compute", name, start, clock.compute - start, {"unit": unit}))
+            clock.spans.append(Span("compute", name, start, clock.compute - start, {"unit": unit}))
             if window is None:
                 continue
             if streamed:
@@ -401,7 +393,6 @@ def simulate(
     budget_nbytes: int,
     link: Link,
     calls: int = 2,
-    records: bool = True,
     every_pass: bool = False,
 ) -> Prediction:
     """`calls` calls in a row, the first from an empty device; the figures are the last one's.
@@ -409,10 +400,9 @@ def simulate(
     Args:
         shares: for components that do not keep all of their units on the device while they run; others do.
         budget_nbytes: device bytes for weights and activations.
-        records: False leaves the timeline empty, for a planner that compares many.
         every_pass: the timeline has all passes, also those that repeat.
     """
-    device = _Device(workload, shares, budget_nbytes, link, records, every_pass)
+    device = _Device(workload, shares, budget_nbytes, link, every_pass)
     clock = device.clock
     before = clock.totals()
     first_ms = start_ms = 0.0

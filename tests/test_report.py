@@ -273,4 +273,3 @@ def test_a_prediction_is_what_its_timeline_shows(share: float) -> None:
     assert full.link_gbps == pytest.approx(sum(full.copies.values()) * (100 << 20) / full.call_ms / 1e6)
     assert 0 <= full.link_gbps <= 25 * full.link_use <= 25
     assert (full.link_use > 0) == (share < 1.2)
-    assert simulate(workload, shares, budget, link, 3, records=False).copies == {}
