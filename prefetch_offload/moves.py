@@ -214,8 +214,9 @@ class Moves(Holdings):
         if scripted is not None:
             return share, scripted
         if begins and share is not None:
-            beside = self.residency.held_nbytes - self._flying(component.order)
-            share = begun(share, component.order, component.unit_nbytes, component.must, beside, cap)
+            own = self._flying(component.order)
+            beside = self.residency.held_nbytes - own
+            share = begun(share, component.order, component.unit_nbytes, component.must, own, beside, cap)
         heads = dict(client.heads)
         heads.pop(component.key, None)
         if share is not None:

@@ -288,8 +288,9 @@ class _Device:
         cap = self.budget - component.activation_nbytes
         share, first = self.shares[name] if name in self.heads else None, self.first.get(name, ())
         if share is not None and begins:
-            beside = self.residency.held_nbytes - sum(component.nbytes[u] for u in self.residency.held(name))
-            share = begun(share, component.units, component.nbytes, component.must, beside, cap)
+            own = sum(component.nbytes[u] for u in self.residency.held(name))
+            beside = self.residency.held_nbytes - own
+            share = begun(share, component.units, component.nbytes, component.must, own, beside, cap)
             first = first if share is self.shares[name] else component.units
         room = cap
         if share is not None:

@@ -138,8 +138,8 @@ class _Trial:
         self.activation_nbytes = c.activation_nbytes
         share, first = self.shares.get(name), self.first.get(name, ())
         if share is not None and i == 0:
-            beside = self.held_nbytes - sum(of.nbytes[u] for u in c.units if u in self.arrived)
-            share = begun(share, c.units, c.nbytes, c.must, beside, cap)
+            here = sum(of.nbytes[u] for u in c.units if u in self.arrived)
+            share = begun(share, c.units, c.nbytes, c.must, here, self.held_nbytes - here, cap)
             first = first if share is self.shares[name] else c.units
         room = cap if share is None else cap - share.limit_nbytes + sum(of.nbytes[u] for u in first)
         if share is not None and share.script is not None:

@@ -118,21 +118,30 @@ def handed_over(
 
 
 def begun(
-    share: Share, order: Sequence[str], nbytes: Mapping[str, int], must: frozenset[str], others_nbytes: int, cap_nbytes: int
+    share: Share,
+    order: Sequence[str],
+    nbytes: Mapping[str, int],
+    must: frozenset[str],
+    own_nbytes: int,
+    others_nbytes: int,
+    cap_nbytes: int,
 ) -> Share:
     """`share` as it is where a call begins with the component.
 
     Between calls nothing runs, and what comes next may come already. With `ahead`, that is all of the component if it fits,
-    rather than what its window holds, and then what follows it. Nothing makes room for that.
+    rather than what its window holds, and then what follows it. Nothing makes room for that. What is all there already, as
+    after a call that had no plan, stays: what leaves would come back behind everything that is under way for others.
 
     Args:
         order, nbytes, must: of the component, as for `share_of`.
+        own_nbytes: of the component, on the device or on their way.
         others_nbytes: that other components hold.
         cap_nbytes: device bytes that weights may take while it runs.
     """
     whole = handed_over(order, nbytes, must)
     streams = share.script is None and share.limit_nbytes < whole.limit_nbytes
-    return whole if share.ahead and streams and others_nbytes + whole.limit_nbytes <= cap_nbytes else share
+    wanted = share.ahead or own_nbytes == whole.limit_nbytes
+    return whole if wanted and streams and others_nbytes + whole.limit_nbytes <= cap_nbytes else share
 
 
 class Window:

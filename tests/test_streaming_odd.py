@@ -328,6 +328,30 @@ def test_the_first_component_goes_back_to_its_window_where_the_device_has_less_t
     assert offload.stats.counts["ladder"] > 0
 
 
+def test_the_first_component_stays_where_it_came_before_there_was_a_plan(sim: Any, enable: Any) -> None:
+    """By its plan it streams: what has come whole is used as it is."""
+    pipe = Pair(Net(), Net())
+
+    def strategy(workload: Workload, budget: int, link: Link) -> dict[str, Share]:
+        name, c = next(iter(workload.components.items()))
+        share = share_of(c.units, c.nbytes, c.compute_ms, 7 * 66560, 2 * 66560, c.must)
+        return {name: dataclasses.replace(share, ahead=False)}
+
+    offload = enable(pipe, budget=room(1.25), strategy=strategy, **UNITS)
+    expected = pipe(X, 1)
+    component = next(iter(offload._session.client.components.values()))
+    assert len(offload._engine.residency.held(component.key)) == len(component.units), "between calls, all of it has come"
+    moved = offload.stats.components[0].h2d_nbytes
+    within: list[int] = []
+    handle = pipe.first.register_forward_hook(lambda *_: within.append(offload.stats.components[0].h2d_nbytes))
+    assert same(pipe(X, 1), expected)
+    assert offload._session.client.shares[component.key].limit_nbytes == 7 * 66560, "there was a plan"
+    assert same(pipe(X, 1), expected)
+    handle.remove()
+    assert within[0] - moved <= 66560, "in the call with the first plan nothing comes again but, at its end, for the next call"
+    assert within[1] - within[0] > 5 * 66560, "later it streams"
+
+
 def learned(net: nn.Module, enable: Any, **settings: Any) -> Component:
     """What is known of the network after three calls, which were right."""
     expected = truth(net)
