@@ -10,7 +10,7 @@ import torch
 
 from prefetch_offload.commands import devices
 from prefetch_offload.commands.picture import calls_of
-from prefetch_offload.trace import Timeline, busy_ms
+from prefetch_offload.trace import Timeline, busy_ms, overlap_ms
 
 EVERY_S = 0.02
 
@@ -80,7 +80,8 @@ def copied_nbytes(device: torch.device) -> tuple[int, int] | None:
 
 
 def copies(timeline: Timeline, calls: int) -> tuple[float, float, float | None] | None:
-    """Of the last `calls` calls: exposed and hidden copy milliseconds a call, and GB/s while copies ran.
+    """Of the last `calls` calls: copy milliseconds a call in which compute waited, those in which it did not, and GB/s while
+    copies ran.
 
     The timeline keeps the last few thousand spans: calls that have lost some are left out. None: all have.
     """
@@ -90,7 +91,9 @@ def copies(timeline: Timeline, calls: int) -> tuple[float, float, float | None] 
         return None
     inside = [s for s in spans if whole[0].start_ms <= s.start_ms < whole[-1].end_ms]
     moved = [s for s in inside if s.track == "copy"]
-    copy_ms, exposed_ms = busy_ms(moved), busy_ms(s for s in inside if s.track == "stalls")
+    copy_ms = busy_ms(moved)
+    stalls = ((s.start_ms, s.end_ms) for s in inside if s.track == "stalls")
+    exposed_ms = overlap_ms(((s.start_ms, s.end_ms) for s in moved), stalls)
     nbytes = sum(int(s.args["nbytes"]) for s in moved)
     gbps = nbytes / copy_ms / 1e6 if copy_ms > 0 else None
     return exposed_ms / len(whole), max(0.0, copy_ms - exposed_ms) / len(whole), gbps
