@@ -10,7 +10,7 @@ import torch
 
 from prefetch_offload.commands import devices
 from prefetch_offload.commands.picture import calls_of
-from prefetch_offload.trace import Timeline, busy_ms, overlap_ms
+from prefetch_offload.trace import Timeline, busy_ms, overlap_ms, times_of
 
 EVERY_S = 0.02
 
@@ -92,8 +92,7 @@ def copies(timeline: Timeline, calls: int) -> tuple[float, float, float | None] 
     inside = [s for s in spans if whole[0].start_ms <= s.start_ms < whole[-1].end_ms]
     moved = [s for s in inside if s.track == "copy"]
     copy_ms = busy_ms(moved)
-    stalls = ((s.start_ms, s.end_ms) for s in inside if s.track == "stalls")
-    exposed_ms = overlap_ms(((s.start_ms, s.end_ms) for s in moved), stalls)
+    exposed_ms = overlap_ms(times_of(moved), times_of(s for s in inside if s.track == "stalls"))
     nbytes = sum(int(s.args["nbytes"]) for s in moved)
     gbps = nbytes / copy_ms / 1e6 if copy_ms > 0 else None
     return exposed_ms / len(whole), max(0.0, copy_ms - exposed_ms) / len(whole), gbps

@@ -34,8 +34,9 @@ class _Segment:
 
     def needs(self, peak_nbytes: int, baseline_nbytes: int) -> int:
         """Device memory that was in use besides weights."""
-        self.most_nbytes = max(self.most_nbytes, peak_nbytes, self.peak_nbytes)
-        now = max(peak_nbytes, self.peak_nbytes) - self.held_nbytes - baseline_nbytes
+        peak_nbytes = max(peak_nbytes, self.peak_nbytes)
+        self.most_nbytes = max(self.most_nbytes, peak_nbytes)
+        now = peak_nbytes - self.held_nbytes - baseline_nbytes
         self._found_nbytes = max(self._found_nbytes, now)
         return self._found_nbytes
 

@@ -178,8 +178,8 @@ def _difference(plan: CallPlan, workload: Workload, budget: int) -> str:
         return "other numbers of passes: " + ", ".join(f"{was} -> {p}" for (_, was), (_, p) in passes if was != p)
     if any(not _near(before[n].activation_nbytes, now[n].activation_nbytes, 1.05) for n in now):
         return "other activation memory"
-    if _budgets(plan, budget):
-        return _budgets(plan, budget)
+    if other := _budgets(plan, budget):
+        return other
     if not all(before[n].units == now[n].units and before[n].must == now[n].must for n in now):
         return "another order of units"
     if not _near(plan.found_for_ms, workload.compute_ms, _COMPUTE_CHANGE):

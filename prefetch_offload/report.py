@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .config import MIB
-from .trace import Span, Timeline, busy_ms, overlap_ms, total_ms, within
+from .trace import Span, Timeline, busy_ms, overlap_ms, times_of, total_ms, within
 
 if TYPE_CHECKING:
     from .component import Component
@@ -296,7 +296,7 @@ def collect(engine: Engine, client: Client) -> Stats:
     timeline = engine.timeline()
     recorder = engine.recorder
     components = []
-    waits = [(s.start_ms, s.end_ms) for s in timeline.spans if s.track == "stalls"]
+    waits = times_of(s for s in timeline.spans if s.track == "stalls")
     for component in client.components.values():
         totals = recorder.of(component.key)
         known = [a for (key, _), a in client.memory.activations.items() if key == component.key]  # type: ignore[misc]
@@ -311,7 +311,7 @@ def collect(engine: Engine, client: Client) -> Stats:
                 misses=totals.misses,
                 h2d_nbytes=totals.h2d_nbytes,
                 copy_ms=_on(timeline, "copy", component.key),
-                exposed_ms=overlap_ms(((s.start_ms, s.end_ms) for s in _of(timeline, "copy", component.key)), waits),
+                exposed_ms=overlap_ms(times_of(_of(timeline, "copy", component.key)), waits),
                 stalled_ms=_on(timeline, "stalls", component.key),
                 compute_ms=_on(timeline, "compute", component.key),
                 link_nbytes=sum(u.payload_nbytes for u in component.units),

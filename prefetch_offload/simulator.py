@@ -153,8 +153,6 @@ class Prediction:
 @dataclass(frozen=True)
 class _Totals:
     ms: float
-    stalled: dict[str, float]
-    copied: dict[str, float]
     noted: dict[tuple[str, str], float]
     h2d_nbytes: int
 
@@ -175,14 +173,11 @@ class _Clock:
     levels: list[Level] = field(default_factory=list)
     peak_nbytes: int = 0
     skipped_ms: float = 0.0
-    stalled: dict[str, float] = field(default_factory=dict)
-    copied: dict[str, float] = field(default_factory=dict)
     noted: dict[tuple[str, str], float] = field(default_factory=dict)  # by what and component
     h2d_nbytes: int = 0
 
     def totals(self) -> _Totals:
-        ms = self.compute + self.skipped_ms
-        return _Totals(ms, dict(self.stalled), dict(self.copied), dict(self.noted), self.h2d_nbytes)
+        return _Totals(self.compute + self.skipped_ms, dict(self.noted), self.h2d_nbytes)
 
     def note(self, what: str, name: str, amount: float = 1) -> None:
         self.noted[what, name] = self.noted.get((what, name), 0) + amount
@@ -191,6 +186,7 @@ class _Clock:
         """Compute waits to read `unit`. Copies run one behind another, and all that run meanwhile are enqueued."""
         start, end = self.compute, self.compute + wait
         self.spans.append(Span("stalls", name, start, wait, {"unit": unit}))
+        self.note("stalled", name, wait)
         for copy in reversed(self.copies):
             if copy.end_ms <= start:
                 break
@@ -200,9 +196,6 @@ class _Clock:
         """What happened since `before` happens so many times more."""
         now = self.totals()
         self.skipped_ms += times * (now.ms - before.ms)
-        for mine, then in ((self.stalled, before.stalled), (self.copied, before.copied)):
-            for name in mine:
-                mine[name] += times * (mine[name] - then.get(name, 0.0))
         for key, value in self.noted.items():
             self.noted[key] = value + times * (value - before.noted.get(key, 0))
         self.h2d_nbytes += times * (now.h2d_nbytes - before.h2d_nbytes)
@@ -260,15 +253,14 @@ class _Device:
                     travel = self.travel[unit] = component.load_ms(unit, self.link), component.link_nbytes(unit)
                 took, nbytes = travel
                 clock.copy = clock.ready[unit] = start + took
-                clock.copied[name] = clock.copied.get(name, 0.0) + took
                 clock.h2d_nbytes += nbytes
                 clock.copies.append(Span("copy", name, start, took, {"unit": unit, "nbytes": nbytes}))
                 clock.spans.append(clock.copies[-1])
+                clock.note("copied", name, took)
                 clock.note("copies", name)
             elif isinstance(instruction, Await):
                 wait = clock.ready[unit] - clock.compute
                 if wait > 0:
-                    clock.stalled[name] = clock.stalled.get(name, 0.0) + wait
                     clock.waits(name, unit, wait)
                     clock.compute += wait
             elif isinstance(instruction, Drop) and not instruction.arrived:
@@ -415,8 +407,8 @@ def simulate(
     after = clock.totals()
     return Prediction(
         call_ms=after.ms - before.ms,
-        copy_ms={n: after.copied[n] - before.copied.get(n, 0.0) for n in after.copied},
-        stalled_ms={n: after.stalled[n] - before.stalled.get(n, 0.0) for n in after.stalled},
+        copy_ms=after.since(before, "copied"),
+        stalled_ms=after.since(before, "stalled"),
         h2d_nbytes=after.h2d_nbytes - before.h2d_nbytes,
         peak_nbytes=clock.peak_nbytes,
         timeline=Timeline(tuple(sorted(clock.spans, key=lambda s: s.start_ms)), tuple(clock.levels), True, "predicted"),

@@ -113,6 +113,11 @@ def within(timeline: Timeline, start_ms: float, end_ms: float, shift_ms: float =
     return replace(timeline, spans=spans, levels=shifted)
 
 
+def times_of(spans: Iterable[Span]) -> list[tuple[float, float]]:
+    """Start and end of each, in milliseconds."""
+    return [(s.start_ms, s.end_ms) for s in spans]
+
+
 def total_ms(times: Iterable[tuple[float, float]]) -> float:
     """From the start of each to its end."""
     return sum((end - start for start, end in times), 0.0)

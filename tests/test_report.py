@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import DEVICE, settle, weight_nbytes
+from conftest import DEVICE, planned_once, settle, weight_nbytes
 
 from benchmarks.plots import timeline_of
 from prefetch_offload import Offload, planning, recorder
@@ -21,7 +21,6 @@ from prefetch_offload.simulator import ComponentLoad, Link, Workload, simulate
 from prefetch_offload.strategy import balanced
 from prefetch_offload.testing.pipelines import lora_state_dict, scaled
 from prefetch_offload.trace import overlap_ms
-from prefetch_offload.window import Share
 
 FLUX = scaled("flux", width=64, layers=2, text_width=64, text_layers=4, vae_width=8)
 UNITS = {"unit_min": 64 << 10, "unit_max": 256 << 10}
@@ -115,19 +114,11 @@ BLOCKS = {
 @pytest.fixture
 def stream(sim: Any, enable: Any) -> Callable[[str], tuple[Any, Offload]]:
     """Three calls that stream over a slow link, by the same shares however fast the machine is."""
-    plans: dict[Any, Mapping[str, Share]] = {}
-
-    def once(workload: Workload, budget_nbytes: int, link: Link) -> Mapping[str, Share]:
-        key = (workload.runs, tuple(c.units for c in workload.components.values()), budget_nbytes)
-        if key not in plans:
-            plans[key] = balanced(workload, budget_nbytes, link)
-        return plans[key]
-
     def run(name: str) -> tuple[Any, Offload]:
         pipe = BLOCKS[name].build()
         settle(sim)
         sim.configure(-1, 0.05, 0.05, 0.05)
-        offload = enable(pipe, budget="stock", strategy=once, unit_min=64 << 10, unit_max=512 << 10)
+        offload = enable(pipe, budget="stock", strategy=planned_once(), unit_min=64 << 10, unit_max=512 << 10)
         for _ in range(3):
             BLOCKS[name].call(pipe, steps=5, height=16, width=16)  # five passes: two of them repeat in a prediction
         return pipe, offload

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import re
-from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -12,18 +11,16 @@ import budgets
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICE, settle, weight_nbytes
+from conftest import DEVICE, planned_once, settle, weight_nbytes
 from torch import nn
 
 import prefetch_offload
 from prefetch_offload import BudgetError, OffloadWarning, SettingError
 from prefetch_offload.least import need_of
-from prefetch_offload.simulator import Link, Workload, simulate
-from prefetch_offload.strategy import balanced
+from prefetch_offload.simulator import simulate
 from prefetch_offload.testing import pipelines
 from prefetch_offload.testing.pipelines import scaled
 from prefetch_offload.trace import Timeline
-from prefetch_offload.window import Share
 
 # Weights next to which activations are small, as in the real models: a share of 15% leaves room for both.
 CASES = {
@@ -363,19 +360,10 @@ def _copies(timeline: Timeline) -> list[str]:
 @pytest.mark.parametrize("name", CASES)
 def test_a_call_copies_what_was_predicted_in_that_order(name: str, sim: Any, enable: Any) -> None:
     """Between two calls, too, where what the next one begins with comes before what follows it."""
-    plans: dict[Any, Mapping[str, Share]] = {}
-
-    def once(workload: Workload, budget_nbytes: int, link: Link) -> Mapping[str, Share]:
-        """The same shares for the same call, whatever speed a busy machine has at the time."""
-        key = (workload.runs, tuple(c.units for c in workload.components.values()), budget_nbytes)
-        if key not in plans:
-            plans[key] = balanced(workload, budget_nbytes, link)
-        return plans[key]
-
     pipe = CASES[name].build()
     settle(sim)
     sim.configure(-1, 0.05, 0.05, 0.05)
-    offload = enable(pipe, budget="stock", strategy=once, **UNITS)
+    offload = enable(pipe, budget="stock", strategy=planned_once(), **UNITS)
     counts = []
     for _ in range(5):
         draw(name, pipe, 0)
