@@ -62,18 +62,21 @@ def settle(ext: Any) -> None:
 
 @pytest.fixture
 def sim(ext: Any) -> Iterator[Any]:
-    """The simulated accelerator in its plain state; afterwards no hazard, no violation, and no memory kept."""
+    """The simulated accelerator in its plain state; afterwards no hazard, no violation, no memory kept, the same stream."""
     settle(ext)
     ext.configure(1 << 50, 0, 0, 0)
     ext.op_delay_us(0)
     ext.pin_limit(-1)
     ext.fail_allocation(-1)
     ext.reset()
-    before = ext.counters()
+    before, stream = ext.counters(), torch.accelerator.current_stream()
     yield ext
     ext.fail_allocation(-1)
+    left = torch.accelerator.current_stream()
+    torch.accelerator.set_stream(stream)  # for the tests that follow, whatever this one did
     settle(ext)
     after = ext.counters()
+    assert left == stream, "another stream was left current"
     assert ext.hazards() == []
     assert after["violations"] == 0
     # less is possible: tables that an earlier test's model kept in a cache

@@ -1,12 +1,15 @@
 """KeyboardInterrupt between any two lines of chosen functions of the package and of all that they call in it, and between
-their calls and their first lines."""
+their calls and their first lines. Not between a stream's with block and its exit, where Python itself never raises it."""
 
 from __future__ import annotations
 
+import ast
+import dis
 import inspect
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,28 @@ def spots(lines: list[Line]) -> list[int]:
     return sorted({*first.values(), *last.values()})
 
 
+@cache
+def _stream_blocks(path: str) -> frozenset[int]:
+    """Lines of the with statements that make the copy stream current."""
+    blocks = (node for node in ast.walk(ast.parse(Path(path).read_text())) if isinstance(node, ast.With))
+    return frozenset(block.lineno for block in blocks if ast.unparse(block.items[-1]).endswith("lanes.copy"))
+
+
+# What a with statement's line begins with when its block has ended, after a value to return or without one. Where the
+# block begins, a context manager is loaded.
+_EXITS = {"LOAD_CONST", "SWAP", "POP_BLOCK", "ROT_TWO"}
+
+
+def leaves_a_stream(frame: Any) -> bool:
+    """Whether the line that is about to run calls a stream's ``__exit__``, with nothing raised.
+
+    Python looks for signals after calls, at the beginnings of functions and at jumps backwards. Between the last of these in
+    the block and the return of that ``__exit__``, which is no Python code, there is none.
+    """
+    code = frame.f_code
+    return frame.f_lineno in _stream_blocks(code.co_filename) and dis.opname[code.co_code[frame.f_lasti]] in _EXITS
+
+
 def interrupt_at(number: int, run: Callable[[], Any]) -> tuple[Any, int]:
     """Run, and raise KeyboardInterrupt at line `number` of the package, counted over the run; at none if it is negative.
 
@@ -41,7 +66,7 @@ def interrupt_at(number: int, run: Callable[[], Any]) -> tuple[Any, int]:
 
     def local(frame: Any, event: str, arg: Any) -> Any:
         nonlocal count
-        if event == "line":
+        if event == "line" and not leaves_a_stream(frame):
             count += 1
             if count == number:
                 sys.settrace(None)
@@ -153,7 +178,7 @@ class Interrupts:
 
     def _step(self, frame: Any, event: str, arg: Any) -> Any:
         code = frame.f_code
-        if event == "line":
+        if event == "line" and not leaves_a_stream(frame):
             self._pass(frame)
         elif event == "return" and code.co_name in self._names:
             self._inside -= 1
