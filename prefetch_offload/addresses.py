@@ -16,7 +16,7 @@ import torch
 from .device import COPY_AFTER_REUSE, FREE_AFTER_LAST_USE, Lanes
 
 if TYPE_CHECKING:
-    from .masters import SlabUnit
+    from .loading import SlabUnit
 
 
 NO_ARENA = (

@@ -13,19 +13,8 @@ from .encoded import TENSORS_BESIDE, EncodedUnit
 from .encoding import Codec, Piece
 from .errors import UnsupportedError
 from .host import Pins, Slab, trim
-from .masters import (
-    DEVICE_GRAIN,
-    CarriedUnit,
-    Master,
-    SlabUnit,
-    Unit,
-    component_nbytes,
-    is_plain,
-    modules_of,
-    span_nbytes,
-    tensor_nbytes,
-    tensors_of,
-)
+from .loading import DEVICE_GRAIN, CarriedUnit, SlabUnit, Unit
+from .masters import Master, component_nbytes, is_plain, modules_of, span_nbytes, tensor_nbytes, tensors_of
 from .originals import FileSlab
 from .points import find_points, least_nbytes
 from .units import Extent, align, cut

@@ -17,11 +17,12 @@ from .adapter.hooks import Session, unwrap
 from .addresses import NO_ARENA
 from .adoption import check_tensors, least_of
 from .captured import refuse
+from .clients import Client
 from .codecs import check_transport, codec_for
 from .config import Settings, told
 from .errors import BudgetError, OffloadWarning, SettingError, UnsupportedError
 from .handle import Offload
-from .holdings import Client, rehooking
+from .holdings import rehooking
 from .masters import component_nbytes
 from .originals import why_not
 

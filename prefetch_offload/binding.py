@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from .encoded import EncodedUnit
+from .loading import SlabUnit, Unit
 from .lossy import is_lossy, written_to
-from .masters import Master, SlabUnit, Unit, modules_of, tensors_of
+from .masters import Master, modules_of, tensors_of
 from .upcast import UpcastUnit
 
 if TYPE_CHECKING:
+    from .clients import Client
     from .compiling import Compiled
-    from .holdings import Client
 
 
 _version = operator.attrgetter("_version")

@@ -19,7 +19,8 @@ from .compiling import may_be_compiled, uses_cuda_graphs
 from .config import Settings, Way
 from .errors import OffloadWarning
 from .host import Pins
-from .masters import CarriedUnit, Master, SlabUnit, Unit, modules_of, tensors_of, version_of
+from .loading import CarriedUnit, SlabUnit, Unit
+from .masters import Master, modules_of, tensors_of, version_of
 from .points import Point, find_points, least_nbytes, traced
 from .upcast import UpcastUnit, upcast_units
 

@@ -15,7 +15,8 @@ from prefetch_offload_kernels import Descriptor, Table, build_table
 
 from .encoding import SLAB_ALIGNMENT, Codec, Piece, Raw, Recipe
 from .host import Pins, Slab
-from .masters import DEVICE_GRAIN, Master, SlabUnit, version_of
+from .loading import DEVICE_GRAIN, SlabUnit
+from .masters import Master, version_of
 from .originals import FileSlab, file_slab
 from .units import align
 

@@ -8,10 +8,10 @@ import weakref
 import torch
 
 from .calls import Memory
+from .clients import Call, Client
 from .component import Component
 from .config import Budget, Settings
 from .errors import OffloadError
-from .holdings import Call, Client
 from .least import excess_of
 from .moves import Moves
 from .planner import plan_entry

@@ -17,21 +17,23 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from . import report as reporting
 from . import trace as tracing
 from .adapter import pipeline as adapter
 from .adapter.entry import attach, is_cut_off
 from .adapter.hooks import CpuOffload, Session, unwrap
 from .adoption import check_tensors
 from .captured import refuse
+from .clients import Call
 from .compiling import Counts
 from .component import Component
 from .config import Budget, Settings, parse_budget
 from .engine import Engine
 from .errors import OffloadWarning, SettingError
 from .hazards import Hazard
-from .holdings import Call
 from .least import smallest_budget
+from .report import render
+from .stats import Plan, Stats, collect, predicted
+from .stats import plan as plan_of
 
 
 def hook_of(module: Any) -> CpuOffload | None:
@@ -146,13 +148,13 @@ class Offload:
 
     # ------------------------------------------------------------------ figures
     @property
-    def stats(self) -> reporting.Stats:
+    def stats(self) -> Stats:
         """A snapshot of what moved and what it cost. Waits for the device."""
-        return reporting.collect(self._engine, self._session.client)
+        return collect(self._engine, self._session.client)
 
     def report(self) -> str:
         """`stats` as a table: what moved, what was hidden behind compute and what was exposed."""
-        return reporting.render(self.stats)
+        return render(self.stats)
 
     def timeline(self) -> tracing.Timeline:
         """Everything recorded on this device, as spans. Waits for the device."""
@@ -161,12 +163,12 @@ class Offload:
     def trace(self, path: str | Path) -> None:
         """Write the timeline to `path` as a Chrome trace, with what was predicted beside the last call; Perfetto opens it."""
         timeline = self.timeline()
-        tracing.write(timeline, path, reporting.predicted(self._session.client, timeline))
+        tracing.write(timeline, path, predicted(self._session.client, timeline))
 
     @property
-    def plan(self) -> reporting.Plan:
+    def plan(self) -> Plan:
         """The order expected of the next call, and what of it is on the device already."""
-        return reporting.plan(self._engine, self._session.client)
+        return plan_of(self._engine, self._session.client)
 
     @property
     def hazards(self) -> list[Hazard]:

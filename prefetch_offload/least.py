@@ -12,7 +12,7 @@ from .config import told
 from .errors import BudgetError
 
 if TYPE_CHECKING:
-    from .holdings import Client
+    from .clients import Client
     from .moves import Moves
 
 

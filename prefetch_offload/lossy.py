@@ -10,7 +10,8 @@ import torch
 from prefetch_offload_kernels import build_table, cast_unit_reference
 
 from .encoded import EncodedUnit
-from .masters import Master, Unit
+from .loading import Unit
+from .masters import Master
 
 _BITS = {2: torch.int16, 4: torch.int32}
 

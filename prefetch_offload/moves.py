@@ -13,13 +13,14 @@ from collections.abc import Iterable
 import torch
 
 from .addresses import NO_ARENA
+from .clients import Call, Client
 from .component import Component
 from .config import MIB, Settings, told
 from .device import OUT_OF_MEMORY
 from .errors import BudgetError, OffloadWarning
-from .holdings import Call, Client, Holdings
+from .holdings import Holdings
 from .least import need_of, refuse_below
-from .masters import SlabUnit
+from .loading import SlabUnit
 from .planner import EntryPlan, follow, lasting, plan_entry
 from .residency import Await, Dropped, Entered, Instruction, Load, Needed, Prefetched, State
 from .streaming import Stream

@@ -12,7 +12,8 @@ from torch import nn
 from .component import Component
 from .config import Settings
 from .host import Pins
-from .masters import Unit, component_nbytes
+from .loading import Unit
+from .masters import component_nbytes
 
 
 class NativeUnit(Unit):

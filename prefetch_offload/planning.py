@@ -11,8 +11,8 @@ from .simulator import ComponentLoad, Link, Workload
 from .strategy import CallPlan, plan_call
 
 if TYPE_CHECKING:
+    from .clients import Client
     from .engine import Engine
-    from .holdings import Client
 
 # A link as fast as this has not been measured yet: PCIe 4.0 x16, pinned (benchmarks of the field: 24.8 GB/s).
 ASSUMED_GBPS = 24.8

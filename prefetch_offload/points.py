@@ -18,7 +18,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from .masters import Unit, modules_of
+from .loading import Unit
+from .masters import modules_of
 
 # Their forward reads weights of modules below them without calling those.
 _READS_WITHIN = (nn.MultiheadAttention, nn.RNNBase, nn.TransformerEncoderLayer, nn.TransformerEncoder)

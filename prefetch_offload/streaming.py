@@ -10,14 +10,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .component import Component
-from .masters import Unit
+from .loading import Unit
 from .points import Point, is_traced
 from .residency import State
 from .window import Scripted, Share, Window, window_of
 
 if TYPE_CHECKING:
+    from .clients import Client
     from .engine import Engine
-    from .holdings import Client
 
 
 class Stream:

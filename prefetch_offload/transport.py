@@ -21,7 +21,7 @@ from .device import (
 )
 from .encoded import EncodedUnit
 from .host import Pins
-from .masters import DEVICE_GRAIN, SlabUnit, Unit
+from .loading import DEVICE_GRAIN, SlabUnit, Unit
 from .units import align
 
 _STAGING = "staging"

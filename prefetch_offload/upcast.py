@@ -17,7 +17,8 @@ from .config import MIB
 from .encoded import EncodedUnit
 from .encoding import SLAB_ALIGNMENT, dense, holds
 from .host import Pins, Slab
-from .masters import Master, SlabUnit, span_nbytes, version_of
+from .loading import SlabUnit
+from .masters import Master, span_nbytes, version_of
 from .units import align
 
 # What one of them brings over the link. They share a staging buffer, which stays allocated while the component runs.

@@ -24,7 +24,7 @@ from .device import COPY_AFTER_REUSE, UNMAP_AFTER_USE, Lanes
 from .driver import Driver, Memory, Range, driver_for, show
 
 if TYPE_CHECKING:
-    from .masters import SlabUnit
+    from .loading import SlabUnit
 
 __all__ = ["Driver", "VirtualAddresses", "driver_for"]
 

@@ -32,7 +32,7 @@ from torch._dynamo.utils import counters
 from prefetch_offload.component import Component
 from prefetch_offload.config import Settings
 from prefetch_offload.host import Pins
-from prefetch_offload.masters import SlabUnit
+from prefetch_offload.loading import SlabUnit
 from prefetch_offload.testing.pipelines import scaled
 
 SMALL["blocks"] = scaled("flux", width=64, layers=8, single_layers=1, text_width=32, vae_width=8)

@@ -331,10 +331,10 @@ def test_every_setting_is_documented() -> None:
 def test_attributes_of_the_handle_exist(page: Path) -> None:
     known = {
         "offload": fields("prefetch_offload/handle.py", "Offload"),
-        "stats": fields("prefetch_offload/report.py", "Stats"),
-        "component": fields("prefetch_offload/report.py", "ComponentStats"),
-        "last_call": fields("prefetch_offload/report.py", "LastCall"),
-        "plan": fields("prefetch_offload/report.py", "Plan"),
+        "stats": fields("prefetch_offload/stats.py", "Stats"),
+        "component": fields("prefetch_offload/stats.py", "ComponentStats"),
+        "last_call": fields("prefetch_offload/stats.py", "LastCall"),
+        "plan": fields("prefetch_offload/stats.py", "Plan"),
     }
     exported = set(ast.literal_eval(next(
         n.value for n in tree_of(ROOT / "prefetch_offload/__init__.py").body

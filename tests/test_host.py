@@ -23,7 +23,8 @@ from prefetch_offload.adoption import build_units, check_tensors
 from prefetch_offload.component import Component
 from prefetch_offload.config import Settings
 from prefetch_offload.host import Pins
-from prefetch_offload.masters import CarriedUnit, SlabUnit, span_nbytes
+from prefetch_offload.loading import CarriedUnit, SlabUnit
+from prefetch_offload.masters import span_nbytes
 from prefetch_offload.testing.pipelines import CASES, scaled
 
 SMALL = Settings(unit_min=1024, unit_max=16 << 10)

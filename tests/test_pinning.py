@@ -13,7 +13,7 @@ from torch import nn
 
 from prefetch_offload import OffloadWarning
 from prefetch_offload.host import Pins, Slab
-from prefetch_offload.masters import SlabUnit
+from prefetch_offload.loading import SlabUnit
 from prefetch_offload.testing.pipelines import CASES
 
 

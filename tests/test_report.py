@@ -16,8 +16,8 @@ from conftest import DEVICE, planned_once, settle, weight_nbytes
 from benchmarks.plots import timeline_of
 from prefetch_offload import Offload, planning, recorder
 from prefetch_offload.recorder import Recorder, _Mark
-from prefetch_offload.report import FIGURES
 from prefetch_offload.simulator import ComponentLoad, Link, Workload, simulate
+from prefetch_offload.stats import COMPARED
 from prefetch_offload.strategy import balanced
 from prefetch_offload.testing.pipelines import lora_state_dict, scaled
 from prefetch_offload.trace import overlap_ms
@@ -151,7 +151,7 @@ def test_the_last_call_is_compared_with_what_was_predicted(name: str, stream: An
 
     report = offload.report().split("the last call")[1].splitlines()
     headings = next(line for line in report if "streamed MiB" in line)
-    assert [h.strip() for h in headings.strip("┃ ").split("┃")][3:] == [*FIGURES.values()]
+    assert [h.strip() for h in headings.strip("┃ ").split("┃")][3:] == [what.replace("_", " ") for what in COMPARED]
     rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in report if line.startswith("│")]
     assert len(rows) == 2 * len(last.components)
     for c, measured, planned in zip(last.components, rows[::2], rows[1::2], strict=True):

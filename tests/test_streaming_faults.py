@@ -211,7 +211,8 @@ class _Reads(nn.Module):
 
 
 def test_points_are_the_largest_modules_of_one_unit_each() -> None:
-    from prefetch_offload.masters import Master, Unit, modules_of, tensors_of
+    from prefetch_offload.loading import Unit
+    from prefetch_offload.masters import Master, modules_of, tensors_of
 
     module = _Reads()
     masters = [Master(tensor, "", [(entries, key)]) for entries, key, tensor in tensors_of(modules_of(module))]

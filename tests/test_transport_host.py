@@ -24,7 +24,8 @@ from prefetch_offload import OffloadWarning, SettingError, originals
 from prefetch_offload.adoption import build_units
 from prefetch_offload.config import MIB, Settings
 from prefetch_offload.host import Pins, Slab
-from prefetch_offload.masters import Master, SlabUnit
+from prefetch_offload.loading import SlabUnit
+from prefetch_offload.masters import Master
 from prefetch_offload.originals import FileSlab, file_slab, folder_for, why_not
 
 __all__ = ["small_chunks"]  # for every test here, too

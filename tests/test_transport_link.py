@@ -16,7 +16,7 @@ from conftest import settle, weight_nbytes
 from test_transport_codecs import UNITS, build, draw, encoded_units, fp8_rounded, resident, small_chunks, weights
 
 from prefetch_offload import transport
-from prefetch_offload.masters import SlabUnit
+from prefetch_offload.loading import SlabUnit
 from prefetch_offload.planning import workload_of
 from prefetch_offload.transport import Transport
 

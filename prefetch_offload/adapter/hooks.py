@@ -15,13 +15,13 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from ..captured import refuse_compiled
+from ..clients import Client
 from ..compiling import compiled_code, watch
 from ..component import Component
 from ..config import Settings
 from ..device import is_out_of_memory
 from ..engine import Engine
 from ..errors import RecompileError
-from ..holdings import Client
 from ..registry import engine_for
 
 
