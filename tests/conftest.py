@@ -85,6 +85,35 @@ def sim(ext: Any) -> Iterator[Any]:
 
 
 @pytest.fixture
+def bare(ext: Any) -> Iterator[Any]:
+    """The simulator with its plain settings and fresh counters. Hazards are allowed here; nothing else is left."""
+    settle(ext)
+    stream = torch.accelerator.current_stream()
+    configured = ext.counters()["capacity"]
+    ext.configure(-1, 0, 0, 0)
+    ext.reset()
+    before = ext.counters()
+    yield ext
+    ext.fail_allocation(-1)
+    ext.op_delay_us(0)
+    ext.pin_limit(-1)
+    ext.configure(configured, 0, 0, 0)
+    torch.accelerator.set_stream(stream)
+    settle(ext)
+    ext.last_error()
+    after = ext.counters()
+    ext.reset()
+    assert after["pinned"] == before["pinned"], "the test left host memory pinned"
+    assert after["allocated"] <= before["allocated"], "the test left device memory allocated"
+
+
+@pytest.fixture
+def mod(bare: Any) -> Any:
+    """The module by which PyTorch knows the device, as `torch.cuda`."""
+    return torch.get_device_module(DEVICE)
+
+
+@pytest.fixture
 def enable(sim: Any) -> Iterator[Callable[..., Offload]]:
     """`prefetch_offload.enable` on the simulated accelerator; afterwards everything is disabled and checked."""
     made: list[Offload] = []
