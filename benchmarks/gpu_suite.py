@@ -48,6 +48,8 @@ SLOW_PEERS = (
     "sequential",
     "cache-dit",
 )
+TESTS = ("-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider")
+KERNELS = ("-m", "benchmarks.kernels", "--out", "DIR/kernels", "--seconds", "SECONDS")
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ def offload(
     rounds: int = 1,
     compiled: str = "none",
     more: bool = False,
+    dtype: str | None = None,
 ) -> Part:
     """Modes of a model. At small size: two calls of one round, and the time of a busy machine."""
     small = device == "simgpu"
@@ -89,6 +92,7 @@ def offload(
     command = ["-m", "benchmarks.offload", "--out", "DIR/offload", "--device", device, "--model", model]
     command += ["--compile", compiled, "--rounds", str(rounds), "--calls", str(calls), "--seconds", "SECONDS"]
     command += ["--simulated-link", str(SIMULATED_GBPS)] if small else []
+    command += ["--dtype", dtype] if dtype is not None else []
     command += [word for n in steps for word in ("--steps", str(n))]
     command += [word for mode in modes for word in ("--mode", mode)]
     least = min(seconds, 45 if small else 110 if "flux" in model else 70)
@@ -112,7 +116,6 @@ def parts(device: str, model: str | None = None) -> list[Part]:
     middle = budgets[2]
     ours = tuple(f"ours:{b}" for b in budgets)
 
-    tests = ("-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider")
     # Without a GPU there is nothing to see but that they are found and skipped.
     kernels = () if small else ("tests/test_kernels_cast.py", "tests/test_kernels_unpack.py")
     plots = Part(
@@ -127,7 +130,7 @@ def parts(device: str, model: str | None = None) -> list[Part]:
         ]
     found = [
         offload(device, "sdxl", 250, sdxl, (*TELLING, "ours"), usual, calls=2, rounds=2),
-        Part("tests", 150 if small else 80, (*tests, "tests/test_cuda.py", *kernels)),
+        Part("tests", 150 if small else 80, (*TESTS, "tests/test_cuda.py", *kernels)),
         offload(device, "flux", 280, flux, ("resident", "stock", "ours", f"ours:{middle}"), long, calls=2),
         offload(device, "flux-budgets", 170, flux, ("resident", ours[0], ours[3], ours[1]), long[:1]),
         offload(device, "sdxl-compiled", 130, sdxl, TELLING, usual, compiled="regional"),
@@ -135,7 +138,7 @@ def parts(device: str, model: str | None = None) -> list[Part]:
         offload(device, "flux-peers", 200, flux, ("resident", f"ours:{middle}", *peers(device, middle, PEERS[:4])), long[:1]),
         offload(device, "sdxl-whole", 130, sdxl, ("resident", "ours:stock"), most, compiled="whole"),
         offload(device, "sdxl-steps", 80, sdxl, TELLING, (1, 4) if small else (1, 8, 50)),
-        # bfloat16 is what `packed` is for.
+        # bfloat16 is what `packed` is for; it is what Flux has at full size.
         offload(
             device,
             "flux-transport",
@@ -143,9 +146,10 @@ def parts(device: str, model: str | None = None) -> list[Part]:
             flux,
             ("resident", *(f"ours:{middle}{t}" for t in ("", ":packed", ":fp8"))),
             few,
+            dtype="bfloat16",
         ),
-        Part("kernels", 60, ("-m", "benchmarks.kernels", "--out", "OUT", "--seconds", "SECONDS")),
-        Part("sanitizer", 40, (*tests, "tests/test_cuda.py", "-k", "sanitizer"), (("TORCH_CUDA_SANITIZER", "1"),)),
+        Part("kernels", 60, (*KERNELS, "--size", "1024"), least=45),
+        Part("sanitizer", 40, (*TESTS, "tests/test_cuda.py", "-k", "sanitizer"), (("TORCH_CUDA_SANITIZER", "1"),)),
         *further(device),
         plots,
     ]
@@ -165,8 +169,9 @@ def further(device: str) -> list[Part]:
         return part(f"flux-peers-{budget}", "flux", modes, (28,))
 
     stock_peers = (*TELLING, *peers(device, "stock"))
-    transports = ("ours:stock:packed", "ours:stock:fp8")
     found = [
+        Part("tests-far", 120, (*TESTS, "tests/test_kernels_far.py"), more=True),
+        Part("kernels-sizes", 120, KERNELS, least=45, more=True),
         # Decoding 1024 x 1024 in float32 takes 3 GiB of activations by estimate, twice what figures.py has for 16 bits.
         part("sdxl-budgets", "sdxl", ("resident", "ours:5GiB", "ours:6GiB", "ours:8GiB"), (30, 4)),
         flux_peers("12GiB"),
@@ -176,7 +181,8 @@ def further(device: str) -> list[Part]:
         part("sd3", "sd3", (*TELLING, "ours"), (28, 4), calls=2),
         part("sdxl-peers-few", "sdxl", stock_peers, (4,)),
         part("sdxl-slow-peers", "sdxl", (*TELLING, *peers(device, "stock", SLOW_PEERS)), (4,)),
-        part("sdxl-transport", "sdxl", (*TELLING, *transports), (30, 4)),
+        # float16, which `packed` leaves as it is
+        part("sdxl-transport", "sdxl", (*TELLING, "ours:stock:fp8"), (30, 4)),
         part("sdxl-compiled-steps", "sdxl", TELLING, (1, 8, 50), compiled="regional"),
         part("sdxl-whole-steps", "sdxl", ("resident", "stock", "ours:stock"), (4, 30, 1, 8, 50), compiled="whole"),
         part("sdxl-compiled-peers", "sdxl", stock_peers, (30,), compiled="regional"),
@@ -246,8 +252,8 @@ def main(
         str | None, typer.Option(help="a folder or hub id, or a built-in model, in place of all parts")
     ] = None,
 ) -> None:
-    """Exit code 1: a part failed; 3: none did, but some are left for the next run; 2: it could not begin. Parts that are more
-    of the same change no exit code when they are left: a line says so."""
+    """Exit code 1: a part failed; 3: none did, but some are left for the next run; 2: it could not begin. Parts for which three
+    runs have no room change no exit code when they are left: a line names them."""
     began = time.monotonic()
     known = parts(device, model)
     wanted = [p for p in known if part is None or p.name in part]
@@ -267,7 +273,8 @@ def main(
         os.replace(whole, state_file)  # who is killed meanwhile leaves the one before
 
     wanted.sort(key=lambda p: (p.again, p.more, ended(p) not in (None, 0, UNFINISHED)))
-    failed = left_over = more_left = False
+    failed = left_over = False
+    more_left: list[str] = []
     for number, one in enumerate(wanted):
         if part is None and ended(one) == 0 and not one.again:
             continue
@@ -275,7 +282,7 @@ def main(
         left -= sum(p.seconds for p in wanted[number + 1 :] if p.again)
         if left < (one.seconds if one.least is None else one.least):
             print(f"{one.name}: left for the next run", flush=True)
-            more_left |= one.more
+            more_left += [one.name] if one.more else []
             left_over |= not one.more
             continue
         # What had too little time, and cannot go on where it stopped, needs more than it had.
@@ -284,13 +291,13 @@ def main(
         save()
         state[one.name] = run(one, out, min(bound, left))
         save()
-        more_left |= one.more and ended(one) == UNFINISHED
+        more_left += [one.name] if one.more and ended(one) == UNFINISHED else []
         left_over |= not one.more and ended(one) == UNFINISHED
         failed |= ended(one) not in (0, UNFINISHED)
         how = {0: "done", UNFINISHED: "goes on in the next run"}.get(ended(one), f"failed ({ended(one)})")  # type: ignore[call-overload]
         print(f"{one.name}: {how} after {state[one.name]['seconds']} s", flush=True)
     if more_left and not left_over:
-        print("all that was to be shown is there; called again, the suite adds more of the same", flush=True)
+        print(f"what three runs have room for is there; called again, the suite adds {', '.join(more_left)}", flush=True)
     if failed or left_over:
         raise typer.Exit(1 if failed else UNFINISHED)
 

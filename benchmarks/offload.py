@@ -18,11 +18,8 @@ import dataclasses
 import gc
 import hashlib
 import json
-import os
 import platform
-import shlex
 import signal
-import subprocess
 import sys
 import time
 import traceback
@@ -42,7 +39,7 @@ from prefetch_offload.config import LOSSLESS, MIB, parse_nbytes
 from prefetch_offload.errors import SettingError
 from prefetch_offload.testing.pipelines import scaled
 
-from . import models, modes, watch
+from . import models, modes, origin, watch
 from .rows import KEY, Row, read, write
 
 # What is compared unless modes are named. Peers that are not installed are rows that say so.
@@ -246,17 +243,8 @@ def processor() -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
-def told_by(*command: str) -> str:
-    """What a program prints; nothing if it fails or is not there."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-
-
 def machine(device: torch.device, out: Path) -> dict[str, Any]:
     """What the figures depend on, by the names of a row's columns; and `peers`, their versions."""
-    smi = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     # A simulated link does not vary, and may be slow.
     measured = link.measure(device, 256 * MIB if devices.simulator(device) is None else 8 * MIB)
     versions = [f"{p} {metadata.version(p)}" for p in ("torch", "diffusers", "accelerate", "transformers")]
@@ -264,13 +252,10 @@ def machine(device: torch.device, out: Path) -> dict[str, Any]:
         "gpu": devices.describe(device),
         "host": processor(),
         "link_gbps": measured.h2d_pinned_gbps or measured.h2d_pageable_gbps,
-        "driver": told_by(*smi) if device.type == "cuda" else "",
+        "driver": origin.driver() if device.type == "cuda" else "",
         "versions": ", ".join([*versions, f"python {sys.version.split()[0]}"]),
-        "commit": told_by("git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
-        or os.environ.get("BENCHMARK_COMMIT", ""),  # a copy of the files has no history
-        "command": shlex.join(
-            ["python", "-m", "benchmarks.offload", *("OUT" if w == str(out) else w for w in sys.argv[1:])]
-        ),
+        "commit": origin.commit(),
+        "command": origin.command("benchmarks.offload", out),
         "link": dataclasses.asdict(measured),
         "peers": modes.versions(),
     }

@@ -11,6 +11,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import hypothesis
 import interrupts
 import numpy as np
 import pytest
@@ -31,11 +32,18 @@ DEVICE = "simgpu"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--thorough", action="store_true", help="interrupt at every line, rather than at some; takes long")
+    say = "interrupt at every line, rather than at some, and draw other examples in every run; takes long"
+    parser.addoption("--thorough", action="store_true", help=say)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     interrupts.THOROUGH = config.getoption("thorough", default=False)
+    # The same examples in every run: one that fails does so for everybody, and on the commit that broke it. How long one takes
+    # is the machine's affair.
+    slow = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
+    hypothesis.settings.register_profile("same", derandomize=True, **slow)
+    hypothesis.settings.register_profile("thorough", **slow)
+    hypothesis.settings.load_profile("thorough" if interrupts.THOROUGH else "same")
 
 
 @pytest.fixture(scope="session")

@@ -129,7 +129,7 @@ def test_the_curve_of_memory_is_drawn_for_every_step_count(tmp_path: Path) -> No
 def test_a_table_says_all_that_a_row_has_and_which_goals_are_met(tmp_path: Path) -> None:
     def row(mode: str, steps: int, seconds: float, **figures: Any) -> Row:
         made = Row("sdxl", mode, "none", steps, figures.pop("simulated", False), gpu="a GPU", host="a host", equal=True)
-        made.took([seconds])
+        made.took([seconds] * (1 if mode.startswith("cache-dit") else 2))
         for name, value in {"peak_allocated": 8 << 30, "link_gbps": 50.0, "commit": "c" * 40, **figures}.items():
             setattr(made, name, value)
         return made
@@ -157,7 +157,7 @@ def test_a_table_says_all_that_a_row_has_and_which_goals_are_met(tmp_path: Path)
         "- met: 30 steps at stock's memory, x faster than stock: 2.02, the goal is at least 2",
         "- **MISSED**: 4 steps at stock's memory, x resident: 1.50, the goal is at most 1.35" + why,
         "- **MISSED**: 4 steps at stock's memory, x faster than stock: 2.67, the goal is at least 5" + why,
-        "- **MISSED**: 4 steps, ahead of every peer in stock (the best of 1: cache-dit:stock), x faster: 0.83, "
+        "- **MISSED**: 4 steps ahead of every peer in stock (the best of 1: cache-dit:stock), x faster: 0.83 by one call, "
         "the goal is at least 1" + why,
     ]
     write(tmp_path, [row("resident", 4, 2.0, simulated=True), row("ours:stock", 4, 3.0, simulated=True)], [])
@@ -170,7 +170,7 @@ def test_a_table_says_all_that_a_row_has_and_which_goals_are_met(tmp_path: Path)
 def test_the_goals_of_flux() -> None:
     def row(mode: str, steps: int, seconds: float, copy_gbps: float | None = None, simulated: bool = False) -> Row:
         made = Row("flux", mode, "none", steps, simulated, gpu="a GPU", link_gbps=50.0, copy_gbps=copy_gbps)
-        made.took([seconds])
+        made.took([seconds, seconds])
         return made
 
     rows = [row("resident", 28, 10.0), row("ours:8GiB", 28, 15.0, 46.0), row("ours:16GiB", 28, 10.4, 20.0)]

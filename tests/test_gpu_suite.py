@@ -111,7 +111,7 @@ def test_three_runs_get_through_all_but_what_is_more_of_the_same(
     runs = 3
     while (
         len(json.loads((tmp_path / "suite.json").read_text())) < len(found)
-        or "more of the same" in capsys.readouterr().out
+        or "called again, the suite adds" in capsys.readouterr().out
     ):
         assert clock.suite(tmp_path) == 0
         runs += 1
@@ -138,7 +138,7 @@ def test_more_of_the_same_takes_what_is_left(
     clock.ran.clear()
     assert clock.suite(tmp_path, 400) == 0
     assert clock.ran == [("tests", 160), ("more", 280), ("plots", 20)], "what began anew gets more than it had"
-    assert "more of the same" in capsys.readouterr().out
+    assert "called again, the suite adds more\n" in capsys.readouterr().out
 
 
 def test_a_suite_that_is_killed_keeps_what_it_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,6 +208,26 @@ def test_every_part_names_modes_that_exist(device: str, model: str | None) -> No
                 assert (Path(__file__).parents[1] / word).is_file()
 
 
+def test_every_test_that_needs_cuda_is_in_a_part() -> None:
+    root = Path(__file__).parents[1]
+    marked = {
+        f"tests/{path.name}"
+        for path in (root / "tests").glob("test_*.py")
+        if re.search(r"^@on_devices|^pytestmark = .*\bcuda\b|^@pytest\.mark\.cuda", path.read_text(), re.M)
+    }
+    assert {"tests/test_cuda.py", "tests/test_kernels_far.py"} <= marked
+    assert {word for part in gpu_suite.parts("cuda") for word in part.command if word.startswith("tests/")} == marked
+
+
+def test_packed_is_measured_where_it_packs(tmp_path: Path) -> None:
+    """In bfloat16: float16 and float32 travel as they are."""
+    for device in ("cuda", "simgpu"):
+        for part in gpu_suite.parts(device):
+            if any(word.endswith(":packed") for word in part.command):
+                given = list(itertools.pairwise(part.command))
+                assert ("--dtype", "bfloat16") in given and any(w == "--model" and v.startswith("flux") for w, v in given)
+
+
 def test_the_page_names_every_part_and_its_bound() -> None:
     found = gpu_suite.parts("cuda")
     assert found[0].name == "sdxl" and found[0].command[-8:] == tuple(
@@ -220,7 +240,8 @@ def test_the_page_names_every_part_and_its_bound() -> None:
     bounds = {p.name: p.seconds for p in found if not p.more}
     assert named.pop("kernels") == named.pop("sanitizer") == bounds.pop("kernels") + bounds.pop("sanitizer")
     assert named == bounds
-    listed = re.findall(r"^\| ([\w-]+) \| (?!\d)", page.partition("More of the same")[2].partition("\n## ")[0], re.M)
+    behind = page.partition("What three calls have no room for")[2].partition("\n## ")[0]
+    listed = re.findall(r"^\| ([\w-]+) \| (?!\d)", behind, re.M)
     assert [name for name in listed if name in {p.name for p in found}] == [p.name for p in found if p.more]
 
 

@@ -282,7 +282,7 @@ def device_programs(draw: st.DrawFn) -> list[Op]:
     ops: list[Op] = []
     live: set[str] = set()
     recorded: set[int] = set()
-    for kind in draw(st.lists(st.sampled_from(KINDS), min_size=4, max_size=20)):
+    for kind in draw(st.lists(st.sampled_from(KINDS), min_size=8, max_size=24)):
         stream = draw(STREAMS)
         if kind == "alloc" and (dead := sorted({"a", "b"} - live)):
             live.add(name := draw(st.sampled_from(dead)))
