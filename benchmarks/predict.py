@@ -142,6 +142,11 @@ CASES = (
     ),
 )
 DRAWN = ("sdxl", "flux")  # cases with a curve
+# What README.md and docs/choosing-a-budget.md quote, by the commands that they show.
+QUOTED = {
+    "plan --model flux --budget 12GiB --link 25 --step-ms 230": Request("flux", ("12GiB",), ("25",), step_ms=230),
+    "plan --model flux --budget 14GiB --link 12,25 --step-ms 825": Request("flux", ("14GiB",), ("12", "25"), step_ms=825),
+}
 
 
 def write_csv(made: Outlook, path: Path) -> None:
@@ -174,6 +179,19 @@ def section(case: Case, beside: Outlook) -> list[str]:
     lines.append(f"| predicted: stock model offload | {beside.stock_nbytes / GIB:.1f} | {stock:.2f} | | |")
     lines.append(f"| predicted: resident | {beside.resident_nbytes / GIB:.1f} | {beside.resident_s:.2f} | | 0 |")
     return [*lines, "", "Rests on:", "", *(f"- {line}" for line in beside.assumptions), ""]
+
+
+def quoted() -> list[str]:
+    """The examples as Markdown."""
+    lines = ["## Quoted elsewhere", "", "| prefetch-offload | GiB | GB/s | s a call | of it waiting for copies | limit s |"]
+    lines.append("|---|---|---|---|---|---|")
+    for command, request in QUOTED.items():
+        for row in look(request).rows:
+            lines.append(
+                f"| `{command}` | {row.budget_nbytes / GIB:g} | {row.link_gbps:g} | {row.seconds:.1f} | {row.exposed_s:.1f} | "
+                f"{row.limit_s:.1f} |"
+            )
+    return [*lines, ""]
 
 
 def curve_table(name: str, made: Outlook) -> list[str]:
@@ -234,6 +252,7 @@ def main(results: Path = RESULTS, cases: Sequence[Case] = CASES) -> None:
             text += ["All links, seconds a call and in brackets the limit:", "", *curve_table(case.name, made)]
             text += [f"![{case.title}](predicted-{case.name}.png)", ""]
         print(f"{case.title}: {len(made.rows)} predictions")
+    text += quoted()
     (results / "predicted.md").write_text("\n".join(text).rstrip() + "\n")
 
 

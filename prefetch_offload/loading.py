@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .host import Pins, Slab
-from .masters import Master, is_plain, span_nbytes, tensor_nbytes, version_of
+from .masters import Master, inner_tensors, is_plain, span_nbytes, tensor_nbytes, version_of
 from .units import align
 
 if TYPE_CHECKING:
@@ -73,9 +73,17 @@ class Unit:
         own, once `after` has happened."""
         raise NotImplementedError
 
+    def lend(self, stream: torch.Stream) -> None:
+        """What holds on to the device memory may read it on `stream` once the unit has gone: the allocator waits for what is
+        there by the time that the last of them lets go."""
+        for master in self.masters:
+            if master.twin is not None:
+                for tensor in inner_tensors(master.twin):
+                    tensor.record_stream(stream)
+
     def abandon(self) -> None:
-        """Leave the device memory to the twins that show it."""
-        self.places = None
+        """Leave the device memory to those who hold on to its twins."""
+        self.places, self.twins, self.versions = None, [], []
         for master in self.masters:
             master.twin = master.twin_data = None
 
@@ -176,6 +184,11 @@ class SlabUnit(Unit):
             self.addresses.unmap(self, after)
         elif self.bytes is not None:
             self.bytes.untyped_storage().resize_(0)
+
+    def lend(self, stream: torch.Stream) -> None:
+        # Memory behind an address for life is not the allocator's; it is unmapped when the device has done everything.
+        if self.addresses is None and self.bytes is not None:
+            self.bytes.record_stream(stream)
 
     def abandon(self) -> None:
         super().abandon()

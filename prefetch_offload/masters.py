@@ -171,11 +171,18 @@ def span_nbytes(tensor: torch.Tensor) -> int:
     return (1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))) * tensor.itemsize
 
 
+def inner_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Those that have the data: the tensor itself, or what a wrapper subclass is made of."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from inner_tensors(getattr(tensor, name))
+    else:
+        yield tensor
+
+
 def tensor_nbytes(tensor: torch.Tensor) -> int:
     """Bytes of a tensor; of a wrapper subclass, those of its inner tensors."""
-    if hasattr(tensor, "__tensor_flatten__"):
-        return sum(tensor_nbytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
-    return tensor.numel() * tensor.itemsize
+    return sum(t.numel() * t.itemsize for t in inner_tensors(tensor))
 
 
 def component_nbytes(module: nn.Module) -> int:

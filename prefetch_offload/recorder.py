@@ -103,7 +103,8 @@ class _Mark:
         return start, start + duration
 
     def happened(self) -> bool:
-        return self.end is not None and self.end.query()
+        # A run may end on the stream of whoever enters next, which need not have waited for where it began.
+        return self.end is not None and self.end.query() and self.start.query()
 
     def duration_ms(self) -> float:
         # Not the difference of two offsets: they are single precision, and coarse hours after the base event.
@@ -273,7 +274,7 @@ class Recorder:
 
     def times(self, call: Call, *tracks: str, before: bool = False) -> dict[str, dict[str, Times] | None]:
         """By component key and track, the spans of `call`, those included that are kept no more; None: the device has not come
-        to their end.
+        to their end, or to the beginning of the call.
 
         Args:
             call: the last one of its client.
@@ -284,7 +285,8 @@ class Recorder:
         began = call.mark.start if call.mark is not None else None
         for key, figures in (call.before if before else call.figures).items():
             keys[id(figures)] = key
-            found[key] = {track: figures.times(track, began) for track in tracks}
+            begun = began is None or began.query()
+            found[key] = {track: figures.times(track, began) for track in tracks} if begun else None
         ended = 0
         for mark in reversed(self._marks):
             if mark.track == "calls" and (ended or mark is call.mark) and mark.args["client"] == call.client:

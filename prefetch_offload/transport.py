@@ -18,6 +18,7 @@ from .device import (
     USE_AFTER_COPY,
     WRITE_BACK_AFTER_USE,
     Lanes,
+    is_out_of_memory,
 )
 from .encoded import EncodedUnit
 from .host import Pins
@@ -102,11 +103,13 @@ class Transport:
             if unit.addresses is not None:
                 lanes.note("write", lanes.copy, mapping_of(unit.key))
             unit.copied = flight.ready = lanes.record(lanes.copy)
-        except BaseException:
+        except BaseException as error:
             lanes.synchronize()  # the copy may be under way
             del self.flights[unit.key]
             lanes.note("free", compute, unit.key)
             unit.free()
+            if is_out_of_memory(error) and not isinstance(error, OUT_OF_MEMORY):
+                raise torch.OutOfMemoryError(str(error)) from error  # Triton's, when it loads a kernel
             raise
         return flight
 
@@ -251,7 +254,7 @@ class Transport:
         if isinstance(unit, SlabUnit):
             lanes.note("free", flight.home, unit.key)
         if flight.kept:
-            unit.abandon()
+            self._leave(unit, flight)
         elif isinstance(unit, SlabUnit) and unit.addresses is not None:
             lanes.note("read", flight.home, mapping_of(unit.key))  # as every stream that it has just waited for
             unit.free(lanes.record(flight.home))
@@ -271,6 +274,14 @@ class Transport:
         flight = self.flights.pop(unit.key)
         if isinstance(unit, SlabUnit):
             self.lanes.note("free", flight.home, unit.key)  # as far as we are concerned
+        self._leave(unit, flight)
+
+    def _leave(self, unit: Unit, flight: Flight) -> None:
+        # A backward pass reads on the stream of its forward pass. `home` waits for that one as it is now, and the memory
+        # goes back to `home` when the graph does.
+        for stream in flight.readers.values():
+            if stream != flight.home:
+                unit.lend(stream)
         unit.abandon()
 
     def finish_copies(self, unit: Unit) -> None:

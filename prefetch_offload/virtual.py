@@ -209,6 +209,7 @@ class VirtualAddresses(Addresses):
                 assert found.left is not None
                 self.lanes.host_wait(found.left, UNMAP_AFTER_USE)
                 self._unmap(key, found)
+                self._poll()  # one that had the memory before may still be mapped to it, and so keep it
                 return True
         return False
 

@@ -366,6 +366,34 @@ def test_a_device_where_triton_fails_uses_the_reference(monkeypatch: pytest.Monk
     assert not asked(torch.device("meta"))
 
 
+def test_a_kernel_that_finds_no_room_on_the_device_can_be_loaded_later() -> None:
+    """As Triton's compiled kernels are: what it keeps of one that failed to load would be launched as if it had."""
+
+    class Compiled:
+        _run = None
+        error: Exception | None = RuntimeError("Triton Error [CUDA]: out of memory")
+
+        @property
+        def run(self) -> Any:
+            if self._run is None:
+                self._run = "a launcher without a function"
+                if self.error is not None:
+                    raise self.error
+            return self._run
+
+    compiled = Compiled()
+    for error, raised in (
+        (compiled.error, torch.OutOfMemoryError), (RuntimeError("Triton Error [CUDA]: invalid image"), RuntimeError)
+    ):  # fmt: skip
+        compiled.error = error
+        with pytest.raises(raised, match=r"Triton Error \[CUDA\]"):
+            launch._load(compiled)
+        assert compiled._run is None
+    compiled.error = None
+    launch._load(compiled)
+    assert compiled._run is not None
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
 def test_in_the_interpreter() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import re
 import runpy
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from prefetch_offload.commands.plan import look
 from prefetch_offload.config import GIB
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-CASES = {case.name: case for case in runpy.run_path(str(BENCHMARKS / "predict.py"))["CASES"]}
+PREDICT = runpy.run_path(str(BENCHMARKS / "predict.py"))
+CASES = {case.name: case for case in PREDICT["CASES"]}
 
 
 @pytest.mark.parametrize("name", ["sdxl", "flux"])
@@ -45,3 +47,16 @@ def test_where_others_need_less_than_ours_can_the_text_says_so(name: str, gib: f
     smallest = look(dataclasses.replace(CASES[name].request, budgets=("2GiB",), links=("25",))).workload.smallest_budget_nbytes
     assert gib * GIB < smallest
     assert f"| predicted: prefetch_offload | {gib:g} | not feasible: at least {smallest / GIB:.2f} GiB |" in part
+
+
+def test_what_pages_quote_is_in_the_committed_text() -> None:
+    """test_snippets.py has the pages' figures from the same commands."""
+    text = (BENCHMARKS / "results" / "predicted.md").read_text()
+    assert "\n".join(PREDICT["quoted"]()).rstrip() in text
+    root = BENCHMARKS.parent
+    pages = "\n".join(path.read_text() for path in (root / "README.md", *(root / "docs").glob("*.md")))
+    commands = re.findall(r"prefetch-offload (plan [^`\n]*)\s+```[^`]*?\*\*Predicted\*\*, by this command", pages)
+    assert sorted(commands) == sorted(PREDICT["QUOTED"]) and len(commands) == pages.count("by this command")
+    for command, request in PREDICT["QUOTED"].items():
+        words = ["--budget", ",".join(request.budgets), "--link", ",".join(request.links), "--step-ms", f"{request.step_ms:g}"]
+        assert command.split() == ["plan", "--model", request.model, *words]

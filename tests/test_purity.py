@@ -36,6 +36,18 @@ FORBIDDEN = ("torch", "diffusers", "transformers", "accelerate", "numpy")
 
 ROOT = Path(__file__).parents[1]
 
+
+def test_the_name_of_the_folder_of_kernels_is_left_to_others() -> None:
+    """`kernels` is a package that diffusers and transformers import if it is there."""
+    found = "from importlib.util import find_spec as f; print(f('kernels'), f('prefetch_offload_kernels'))"
+    where = {**os.environ, "PYTHONPATH": str(ROOT / "kernels")}
+    told = subprocess.run([sys.executable, "-c", found], cwd="/", env=where, capture_output=True, text=True, check=True).stdout
+    assert told.startswith("None ModuleSpec(")
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    packages = (ROOT / "pyproject.toml").read_text().partition("[tool.setuptools.packages.find]")[2].partition("\n[")[0]
+    assert 'where = [".", "kernels"]' in packages and '"kernels"' not in packages.partition("include")[2], "in no wheel"
+
+
 # Forbidden modules cannot be found, not even by code that hides a failed import behind `except ImportError`.
 BLOCKER = f"""
 import sys

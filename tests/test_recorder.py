@@ -189,3 +189,15 @@ def test_what_runs_by_itself_is_no_call(run: Run) -> None:
     run.recorder.met("unet", 3, 0)
     assert run.at(300).call_ended(0, ("unet",), False, call) is call
     assert run.call(400, 500).figures["unet"].hits == 0
+
+
+def test_a_span_has_happened_when_its_beginning_has() -> None:
+    """It may have ended on another stream, which was ahead. A time between events that have not both happened is an error."""
+    device = Device(done_ms=7)
+    mark = module._Mark("calls", "call", At(10, device), At(5, device), {"client": 0})
+    assert not mark.happened()
+    recorder = Recorder(device)  # type: ignore[arg-type]
+    call = Call(0, mark, {"a": module.Figures()}, {})
+    assert recorder.times(call, "copy") == {"a": None}
+    device.done_ms = 12
+    assert mark.happened() and recorder.times(call, "copy") == {"a": {"copy": []}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from test_transport_codecs import PIPES, UNITS, build, draw, encoded_units, smal
 from torch import nn
 
 import prefetch_offload
-from prefetch_offload import BudgetError, codecs
+from prefetch_offload import BudgetError, codecs, transport
 from prefetch_offload.adoption import least_of
 from prefetch_offload.codecs import codec_for
 from prefetch_offload.config import Settings
@@ -276,3 +277,21 @@ def test_a_unit_that_becomes_smaller_when_it_is_encoded_anew_needs_less_to_arriv
     draw("flux", pipe)
     assert transport._staging.numel() < before
     assert transport.overhead_held_nbytes <= transport.overhead_nbytes
+
+
+def test_no_room_for_a_kernel_is_met_as_no_room_for_weights(sim: Any, enable: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton loads a kernel where it is first launched, and says what is missing in words of its own."""
+    expected = draw("flux", build("flux").to(DEVICE))
+    pipe = build("flux")
+    offload = enable(pipe, transport="packed", **UNITS)
+    cast, launches = transport.cast_unit, itertools.count()
+
+    def full(*args: Any) -> None:
+        if next(launches) in (0, 5):
+            raise RuntimeError("Triton Error [CUDA]: out of memory")
+        cast(*args)
+
+    monkeypatch.setattr(transport, "cast_unit", full)
+    assert draw("flux", pipe) == expected
+    assert next(launches) > 5, "it was met"
+    assert sum(offload.stats.counts.values()) > 0

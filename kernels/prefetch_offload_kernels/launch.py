@@ -73,15 +73,18 @@ def _probe(device: torch.device) -> None:
 
 
 def prepare(table: Table) -> None:
-    """Compiles the kernel for the table's kinds (about a second each; Triton keeps it on disk), and runs nothing.
+    """Compiles the kernel for the table's kinds (about a second each; Triton keeps it on disk), loads it, and runs nothing.
 
     Otherwise the first `cast_unit` with these kinds does. Without the kernel it does nothing.
+
+    Raises:
+        torch.OutOfMemoryError: the device has no room for it. It can be tried again.
     """
     if table.device.type == "cuda" and available(table.device):
         from .kernel import unit_kernel
 
         with torch.cuda.device(table.device):
-            unit_kernel.warmup(
+            compiled = unit_kernel.warmup(
                 torch.uint8,
                 torch.uint8,
                 torch.int64,
@@ -91,6 +94,19 @@ def prepare(table: Table) -> None:
                 grid=(1,),
                 **OPTIONS,
             )
+            _load(compiled)
+
+
+def _load(compiled: Any) -> None:
+    """Bring a compiled kernel onto the device, which Triton otherwise does in its first launch."""
+    try:
+        _ = compiled.run  # a property that loads
+    except RuntimeError as error:
+        # Triton takes it for loaded from now on, and would launch nothing.
+        compiled._run = None
+        if "out of memory" not in str(error):
+            raise
+        raise torch.OutOfMemoryError(str(error)) from error
 
 
 def cast_unit(table: Table, staging: torch.Tensor, target: torch.Tensor) -> None:
