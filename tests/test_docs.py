@@ -464,3 +464,17 @@ def test_what_is_wrong_is_found(tmp_path: Path) -> None:
         "this one is slow",
     }
     assert matches("…: one two three", "…: one two three …") and not matches("one two four", "…: one two three …")
+
+
+def test_the_readmes_simulated_seconds_are_those_of_the_committed_run() -> None:
+    def cells(line: str) -> list[str]:
+        return line.strip("| ").split(" | ")
+
+    result = (ROOT / "benchmarks" / "results" / "simulated-demo.md").read_text()
+    readme = (ROOT / "README.md").read_text().partition("| small SDXL, simulated |")[2].partition("\n\n")[0]
+    run = [cells(line) for line in result.splitlines() if line.startswith(("| resident", "| stock", "| prefetch_offload"))]
+    shown = [cells(line) for line in readme.splitlines()[2:]]
+    assert len(run) == len(shown) == 4
+    for (what, _, later, peak, _), (name, seconds, memory) in zip(run, shown, strict=True):
+        assert what.split(":")[0] == name.split(":")[0].replace("stock model", "stock")
+        assert (seconds, memory) == (later, f"{peak} MiB")
