@@ -12,7 +12,7 @@ from torch import nn
 from .encoded import EncodedUnit
 from .loading import SlabUnit, Unit
 from .lossy import is_lossy, written_to
-from .masters import Master, modules_of, tensors_of
+from .masters import PLAIN_TYPES, Master, modules_of, tensors_of
 from .upcast import UpcastUnit
 
 if TYPE_CHECKING:
@@ -280,7 +280,11 @@ class Binding:
         """Leave the weights on the device: modules keep what they show, as their own Parameters where they can."""
         for entries, key, master in self._slots:
             twin = master.twin
-            if twin is not None and torch._has_compatible_shallow_copy_type(master.tensor, twin):
+            if twin is None:
+                continue
+            if type(twin) not in PLAIN_TYPES:
+                entries[key] = twin  # a wrapper has no address by which to tell, and takes no other data
+            elif torch._has_compatible_shallow_copy_type(master.tensor, twin):
                 if master.tensor.data_ptr() != twin.data_ptr():
                     master.tensor.data = twin.data
                 entries[key] = master.tensor
@@ -298,7 +302,8 @@ class Binding:
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor with its data on the host: the same object where the backend allows it."""
     data = tensor.detach().to("cpu")
-    if torch._has_compatible_shallow_copy_type(tensor, data):
+    # Subclasses refuse other data (torchao's), or keep what their own state says of the old.
+    if type(tensor) in PLAIN_TYPES and torch._has_compatible_shallow_copy_type(tensor, data):
         tensor.data = data
         return tensor
     return nn.Parameter(data, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data

@@ -23,7 +23,7 @@ from .adapter.entry import attach, is_cut_off
 from .adapter.hooks import CpuOffload, Session, unwrap
 from .adoption import check_tensors
 from .captured import refuse
-from .clients import Call
+from .clients import Call, Client
 from .compiling import Counts
 from .component import Component
 from .config import Budget, Settings, parse_budget
@@ -76,13 +76,14 @@ def sharing(module: nn.Module, session: Session, pipe: DiffusionPipeline | None 
     return found
 
 
-def _pipeline_gone(handle: weakref.ref[Offload]) -> None:
-    """A handle that outlives its pipeline does not keep the components alive."""
-    offload = handle()
-    if offload is not None:
-        components = offload._session.client.components
-        offload._leftovers.update(components.values())
-        components.clear()
+def _pipeline_gone(handle: weakref.ref[Offload], of: weakref.ref[Client]) -> None:
+    """A handle that outlives its pipeline does not keep the components alive; nor is anything handed over to what is left of
+    the pipeline where another one has its modules, whose hooks may know it still."""
+    offload, client = handle(), of()
+    if client is not None:
+        if offload is not None:
+            offload._leftovers.update(client.components.values())
+        client.components.clear()
 
 
 class Offload:
@@ -92,7 +93,7 @@ class Offload:
         self._pipe = weakref.ref(pipe)
         self._session = session
         self._leftovers: weakref.WeakSet[Component] = weakref.WeakSet()
-        weakref.finalize(pipe, _pipeline_gone, weakref.ref(self)).atexit = False
+        weakref.finalize(pipe, _pipeline_gone, weakref.ref(self), weakref.ref(session.client)).atexit = False
         _handles.add(self)
 
     def __repr__(self) -> str:
@@ -235,7 +236,9 @@ class Offload:
             return
         client = self._session.client
         component = hook.component
-        if hook.session.client is not client:  # of a pipeline that shares it, which may have travelled as this one wants
+        others = hook.session.client
+        if others is not client and (component is None or component.key in others.components):
+            # of a pipeline that shares it, which may have travelled as this one wants
             client.components.pop(component.key if component is not None else "", None)
             self._hand_over(module, component, hook.session)
             return

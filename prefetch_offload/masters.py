@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from .loading import Unit
 
 
+PLAIN_TYPES = (torch.Tensor, nn.Parameter, nn.Buffer)
+
+
 def version_of(tensor: torch.Tensor) -> int:
     """The tensor's version counter; 0 for an inference tensor, which has none."""
     try:
@@ -33,7 +36,7 @@ def version_of(tensor: torch.Tensor) -> int:
 def is_plain(tensor: torch.Tensor) -> bool:
     """Bytes, shape and strides say all there is about it: it can live in a slab."""
     return (
-        type(tensor) in (torch.Tensor, nn.Parameter, nn.Buffer)
+        type(tensor) in PLAIN_TYPES
         and tensor.layout == torch.strided
         and not tensor.is_quantized
         and not tensor.is_conj()

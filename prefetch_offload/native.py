@@ -13,7 +13,7 @@ from .component import Component
 from .config import Settings
 from .host import Pins
 from .loading import Unit
-from .masters import component_nbytes
+from .masters import component_nbytes, modules_of, tensors_of
 
 
 class NativeUnit(Unit):
@@ -57,6 +57,18 @@ class NativeComponent(Component):
 
     def unchanged(self) -> bool:
         return True
+
+    def _moved(self) -> bool:
+        """Someone else has brought it back to the host, or as much of it as is looked at."""
+        first = next((t for _, _, t in tensors_of(modules_of(self.module)[:8])), None)
+        return first is not None and first.device != self.device
+
+    @property
+    def shown(self) -> bool:
+        return bool(self.running) or not (self.bound and self._moved())
+
+    def written(self) -> list[Unit]:
+        return list(self.units) if self._moved() else []
 
     def adopt(self, transient: bool = False) -> tuple[list[Unit], list[Unit]]:
         return list(self.units), []

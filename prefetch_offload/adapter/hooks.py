@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import accelerate.hooks
@@ -64,10 +64,20 @@ def _through(component: Component, call: Callable[..., Any], args: tuple[Any, ..
     return result
 
 
+def _flat(values: Iterable[Any]) -> Iterator[Any]:
+    """The values, with what is in lists, tuples and dictionaries among them in place of these."""
+    for value in values:
+        if isinstance(value, tuple | list):
+            yield from _flat(value)
+        elif isinstance(value, dict):
+            yield from _flat(value.values())
+        else:
+            yield value
+
+
 def shape_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> object:
     """Stands for how much activation memory a call takes: shapes and dtypes of its tensors, and tiling switches."""
-    tensors = [a for a in args if isinstance(a, torch.Tensor)]
-    tensors += [a for a in kwargs.values() if isinstance(a, torch.Tensor)]
+    tensors = [a for a in _flat([*args, *kwargs.values()]) if isinstance(a, torch.Tensor)]
     switches = tuple(bool(module.__dict__.get(name)) for name in ("use_tiling", "use_slicing", "training"))
     return tuple((tuple(t.shape), t.dtype) for t in tensors), switches
 
@@ -233,6 +243,8 @@ class CpuOffload(accelerate.hooks.CpuOffload):
                     raise
                 if versions != [t._version for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]:
                     raise  # its inputs are no longer what they were
+                if _keeps_state(module):
+                    raise
             # Out of the handler, so that the failed forward's frames and their tensors are gone.
             engine.out_of_memory(component)
             lanes.set_generator_state(state)
@@ -262,16 +274,14 @@ def _repeatable(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     Not with objects that a forward may have changed, as a key-value cache; and not with inference tensors, whose changes
     leave no mark.
     """
-    stack: list[Any] = [*args, *kwargs.values()]
-    while stack:
-        value = stack.pop()
-        if isinstance(value, tuple | list):
-            stack += value
-        elif isinstance(value, dict):
-            stack += value.values()
-        elif not isinstance(value, _PLAIN) or (isinstance(value, torch.Tensor) and value.is_inference()):
-            return False
-    return True
+    values = _flat([*args, *kwargs.values()])
+    return all(isinstance(v, _PLAIN) and not (isinstance(v, torch.Tensor) and v.is_inference()) for v in values)
+
+
+def _keeps_state(module: nn.Module) -> bool:
+    """A forward that was broken off may have left something for the next one: diffusers' caches, which keep residuals."""
+    registries = (getattr(part, "_diffusers_hook", None) for part in module.modules())
+    return any(hook._is_stateful for registry in registries if registry is not None for hook in registry.hooks.values())
 
 
 def unwrap(module: nn.Module) -> nn.Module:
