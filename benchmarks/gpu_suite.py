@@ -138,13 +138,13 @@ def parts(device: str, model: str | None = None) -> list[Part]:
         offload(device, "flux-peers", 200, flux, ("resident", f"ours:{middle}", *peers(device, middle, PEERS[:4])), long[:1]),
         offload(device, "sdxl-whole", 130, sdxl, ("resident", "ours:stock"), most, compiled="whole"),
         offload(device, "sdxl-steps", 80, sdxl, TELLING, (1, 4) if small else (1, 8, 50)),
-        # bfloat16 is what `packed` is for; it is what Flux has at full size.
+        # bfloat16 is what `packed` is for; it is what Flux has at full size. At small size it halves the weights: less room.
         offload(
             device,
             "flux-transport",
             100,
             flux,
-            ("resident", *(f"ours:{middle}{t}" for t in ("", ":packed", ":fp8"))),
+            ("resident", *(f"ours:{budgets[0] if small else middle}{t}" for t in ("", ":packed", ":fp8"))),
             few,
             dtype="bfloat16",
         ),

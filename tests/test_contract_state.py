@@ -11,8 +11,9 @@ import pytest
 import torch
 from conftest import DEVICE, refuse_each, settle
 from contracts import hooked, on_host, pixels
-from diffusers import DiffusionPipeline, FirstBlockCacheConfig, StableDiffusionImg2ImgPipeline
+from diffusers import FirstBlockCacheConfig, StableDiffusionImg2ImgPipeline
 from test_host import Params4bit
+from test_streaming_odd import Pipeline
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -173,22 +174,16 @@ class Pieces(nn.Module):
         return [torch.tanh(piece @ self.weight) for piece in pieces]
 
 
-class Pipeline(DiffusionPipeline):
-    model_cpu_offload_seq = "first"
-
-    def __init__(self, first: nn.Module) -> None:
-        super().__init__()
-        self.register_modules(first=first)
-
+class OfPieces(Pipeline):
     @torch.no_grad()
-    def __call__(self, rows: int) -> torch.Tensor:
+    def __call__(self, rows: int) -> torch.Tensor:  # type: ignore[override]
         made = self.first([torch.ones(rows, 64, device=self._execution_device)])
         self.maybe_free_model_hooks()
         return made[0].cpu()
 
 
 def test_what_lists_need_is_learned_for_each_size(sim: Any, enable: Any) -> None:
-    offload = enable(pipe := Pipeline(Pieces()))
+    offload = enable(pipe := OfPieces(Pieces()))
     needs = []
     for rows in (8, 512, 8, 512):
         pipe(rows)
