@@ -154,7 +154,7 @@ def apply(pipe: DiffusionPipeline, gpu_id: int | None, device: torch.device | st
             raise
         finish()
     offload = before if before is not None else Offload(pipe, session)
-    offload._session = session
+    offload._use(session)
     adapter.take_hold(pipe, offload)
     for part in adapter.parts_of(pipe):
         if adapter.offload_of(part) is None:

@@ -76,11 +76,11 @@ def sharing(module: nn.Module, session: Session, pipe: DiffusionPipeline | None 
     return found
 
 
-def _pipeline_gone(handle: weakref.ref[Offload], of: weakref.ref[Client]) -> None:
+def _pipeline_gone(handle: weakref.ref[Offload], clients: weakref.WeakSet[Client]) -> None:
     """A handle that outlives its pipeline does not keep the components alive; nor is anything handed over to what is left of
     the pipeline where another one has its modules, whose hooks may know it still."""
-    offload, client = handle(), of()
-    if client is not None:
+    offload = handle()
+    for client in list(clients):
         if offload is not None:
             offload._leftovers.update(client.components.values())
         client.components.clear()
@@ -91,10 +91,16 @@ class Offload:
 
     def __init__(self, pipe: DiffusionPipeline, session: Session) -> None:
         self._pipe = weakref.ref(pipe)
-        self._session = session
+        self._clients: weakref.WeakSet[Client] = weakref.WeakSet()  # the pipeline's, each time it was enabled
+        self._use(session)
         self._leftovers: weakref.WeakSet[Component] = weakref.WeakSet()
-        weakref.finalize(pipe, _pipeline_gone, weakref.ref(self), weakref.ref(session.client)).atexit = False
+        weakref.finalize(pipe, _pipeline_gone, weakref.ref(self), self._clients).atexit = False
         _handles.add(self)
+
+    def _use(self, session: Session) -> None:
+        """The pipeline was enabled, or enabled again, in this session."""
+        self._session = session
+        self._clients.add(session.client)
 
     def __repr__(self) -> str:
         pipe = self._pipe()

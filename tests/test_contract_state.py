@@ -17,6 +17,7 @@ from test_streaming_odd import Pipeline
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
+import prefetch_offload
 from prefetch_offload.adapter.hooks import shape_of
 from prefetch_offload.testing.pipelines import CASES, lora_state_dict
 
@@ -132,14 +133,17 @@ def test_a_module_that_moves_by_itself_is_moved_by_someone_else(by: str, sim: An
     assert pixels("sdxl", pipe).tobytes() == expected
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["once", "twice"])
 @pytest.mark.parametrize("keep", [False, True], ids=["handle gone", "handle kept"])
-def test_disabled_after_a_pipeline_that_shared_it_is_gone(keep: bool, sim: Any, enable: Any) -> None:
+def test_disabled_after_a_pipeline_that_shared_it_is_gone(keep: bool, again: bool, sim: Any) -> None:
     pipe = CASES["sd"].build()
-    offload = enable(pipe)
+    offload = prefetch_offload.enable(pipe, device=DEVICE, verify=True)
     expected = pixels("sd", pipe).tobytes()
     other = StableDiffusionImg2ImgPipeline(**pipe.components)
-    kept = [enable(other)][: int(keep)]
-    del other
+    for unit_max in (1 << 28, 1 << 29)[: 1 + again]:
+        handle = prefetch_offload.enable(other, device=DEVICE, verify=True, unit_max=unit_max)
+    kept = [handle][: int(keep)]
+    del other, handle
     gc.collect()
     assert pixels("sd", pipe).tobytes() == expected
     offload.disable()
