@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .device import COPY_AFTER_REUSE, FREE_AFTER_LAST_USE, Lanes
+from .units import device_nbytes
 
 if TYPE_CHECKING:
     from .loading import SlabUnit
@@ -110,7 +111,7 @@ class Arena(Addresses):
         self._left: dict[str, torch.Event] = {}  # by unit: after the last reader of its memory
 
     def rounded(self, nbytes: int) -> int:
-        return -(-nbytes // 512) * 512  # the caching allocator's grain
+        return device_nbytes(nbytes)
 
     def _count(self) -> None:
         sizes = {key: self.rounded(home.numel()) for key, (home, _) in self._homes.items()}
@@ -122,7 +123,7 @@ class Arena(Addresses):
         if unit.key in self._homes:
             return
         with torch.inference_mode(False):
-            made = torch.empty(unit.slab.nbytes, dtype=torch.uint8, device=self.lanes.device)
+            made = torch.empty(self.rounded(unit.slab.nbytes), dtype=torch.uint8, device=self.lanes.device)[: unit.slab.nbytes]
         compute = self.lanes.compute()
         self._homes[unit.key] = made, compute
         # The stream may still read what lay there; and the unit may be loaded from another one, which knows nothing of it.

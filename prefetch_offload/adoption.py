@@ -13,11 +13,11 @@ from .encoded import TENSORS_BESIDE, EncodedUnit
 from .encoding import Codec, Piece
 from .errors import UnsupportedError
 from .host import Pins, Slab, trim
-from .loading import DEVICE_GRAIN, CarriedUnit, SlabUnit, Unit
+from .loading import CarriedUnit, SlabUnit, Unit
 from .masters import Master, component_nbytes, is_plain, modules_of, span_nbytes, tensor_nbytes, tensors_of
 from .originals import FileSlab
 from .points import find_points, least_nbytes
-from .units import Extent, align, cut
+from .units import DEVICE_GRAIN, Extent, align, cut, device_nbytes
 
 
 def check_tensors(name: str, module: nn.Module) -> None:
@@ -196,7 +196,7 @@ def least_of(module: nn.Module, settings: Settings, codec: Codec | None = None) 
     ordered = list(masters.values())
     extents = [Extent(m.name, tensor_nbytes(m.tensor)) for m in ordered]
     units = [
-        Unit(f"{number}", align(layout.nbytes, DEVICE_GRAIN), layout.nbytes, [ordered[p.extent] for p in layout.placements])
+        Unit(f"{number}", device_nbytes(layout.nbytes), layout.nbytes, [ordered[p.extent] for p in layout.placements])
         for number, layout in enumerate(cut(extents, settings.unit_min, settings.unit_max))
     ]
     points, must = find_points(module, units)

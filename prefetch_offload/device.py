@@ -21,6 +21,7 @@ And where units keep their addresses ([Note: stable addresses]):
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -60,14 +61,16 @@ class Lanes:
         device: with an index.
         unseen_nbytes: device bytes that weights take and PyTorch's allocator does not count.
         copy: the copy stream; it exists so that host-to-device copies run beside compute. There is one, since one
-            engine serves the link in each direction and two would only interleave.
+            engine serves the link in each direction and two would only interleave. Its priority is high: what turns a unit
+            that has arrived into the one that is used is short, and the next copy waits behind it. With that of compute it
+            would stand behind all blocks of the kernel that is running, and the link idle for as long.
         hazards: what the checker objected to, when `verify` is on.
     """
 
     def __init__(self, device: torch.device, verify: bool = False) -> None:
         self.device = device
         self.module: Any = torch.get_device_module(device)
-        self.copy = torch.Stream(device=device)
+        self.copy = torch.Stream(device=device, priority=-1)
         self.hazards: list[Hazard] = []
         self._checker = HazardChecker() if verify else None
         self._events: dict[int, tuple[int, torch.Event]] = {}
@@ -150,10 +153,28 @@ class Lanes:
         self.hazards += self._checker.feed(op)
 
     # -------------------------------------------------------------------- memory
+    def _figures(self) -> Mapping[str, Any]:
+        """What PyTorch's allocator counts, where the backend shows it; empty: nothing was allocated yet. Not `memory_stats`, by
+        which `memory_allocated` goes: it puts two hundred names together and sorts them."""
+        ask = getattr(self.module, "memory_stats_as_nested_dict", None)
+        return ask(self.device) if ask is not None else {}
+
+    def _figure(self, name: str, when: str) -> int:
+        """Bytes that are, or at most were, ``allocated`` or ``reserved``."""
+        found = self._figures().get(f"{name}_bytes")
+        if found is not None:
+            return int(found["all"][when])
+        return int(getattr(self.module, f"{'max_' if when == 'peak' else ''}memory_{name}")(self.device))
+
+    def retries(self) -> int:
+        """How often the allocator has found no memory in one piece, and so gave back what it had cached to try again. The host
+        waits for the device then."""
+        return int(self._figures().get("num_alloc_retries", 0))
+
     def free_nbytes(self) -> int:
         """Bytes that can be allocated now: free on the device, plus cached and unused by PyTorch's allocator."""
         free, total = self.module.mem_get_info(self.device)
-        reserved, allocated = self.module.memory_reserved(self.device), self.module.memory_allocated(self.device)
+        reserved, allocated = self.reserved_nbytes(), self._figure("allocated", "current")
         if hasattr(self.module, "get_per_process_memory_fraction"):
             free = min(free, total * self.module.get_per_process_memory_fraction(self.device) - reserved)
         return max(0, int(free + reserved - allocated))
@@ -170,19 +191,19 @@ class Lanes:
 
     def allocated_nbytes(self) -> int:
         """What is in use."""
-        return int(self.module.memory_allocated(self.device)) + self._besides
+        return self._figure("allocated", "current") + self._besides
 
     def reserved_nbytes(self) -> int:
         """What PyTorch's allocator has taken from the device."""
-        return int(self.module.memory_reserved(self.device))
+        return self._figure("reserved", "current")
 
     def peak_nbytes(self) -> int:
         """The peak of `allocated_nbytes` since it was last reset; at most, where the allocator does not count all."""
-        return int(self.module.max_memory_allocated(self.device)) + self._most_besides
+        return self._figure("allocated", "peak") + self._most_besides
 
     def peak_taken_nbytes(self) -> int:
         """The same of what was taken, in use or not."""
-        return int(self.module.max_memory_allocated(self.device)) + self._most_unseen
+        return self._figure("allocated", "peak") + self._most_unseen
 
     def reset_peak(self) -> None:
         self._most_besides, self._most_unseen = self._besides, self.unseen_nbytes

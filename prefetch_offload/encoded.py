@@ -15,10 +15,10 @@ from prefetch_offload_kernels import Descriptor, Table, build_table
 
 from .encoding import SLAB_ALIGNMENT, Codec, Piece, Raw, Recipe
 from .host import Pins, Slab
-from .loading import DEVICE_GRAIN, SlabUnit
+from .loading import SlabUnit
 from .masters import Master, version_of
 from .originals import FileSlab, file_slab
-from .units import align
+from .units import align, device_nbytes
 
 # How many small tensors an encoded unit has on the device besides its own: see `overhead_nbytes`.
 TENSORS_BESIDE = 5
@@ -81,7 +81,7 @@ class EncodedUnit(SlabUnit):
         if table is None or index is None:
             return 0
         sizes = (table.rows.nbytes, table.blocks.nbytes, index.nbytes, index.nbytes, index.nbytes)
-        return sum(align(n, DEVICE_GRAIN) for n in sizes)
+        return sum(map(device_nbytes, sizes))
 
     def place(self, offsets: list[int]) -> None:
         super().place(offsets)

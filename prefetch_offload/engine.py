@@ -21,6 +21,9 @@ from .simulator import Link
 from .streaming import Stream
 from .trace import Timeline
 
+# Parts of the device that are left free, since free memory was in pieces: each time, and at most.
+_SPARED, _MOST_SPARED = 32, 4
+
 
 class _Segment:
     """The time from one component's entry to the next one's, while its activations are measured."""
@@ -50,6 +53,7 @@ class Engine(Moves):
         self.baseline = 0
         self.high_water = 0
         self.link = Link(ASSUMED_GBPS)
+        self._retries = 0  # of the allocator's, up to when a call began
 
     def _recover(self) -> None:
         super()._recover()
@@ -220,6 +224,7 @@ class Engine(Moves):
             client.memory.budget = budget
             client.memory.alone.clear()
             client.memory.tight.clear()
+            self.spared_nbytes = 0
             client.former, client.aside = client.plan or client.former, "the budget was set again"
             client.plan, client.shares, client.heads = None, {}, {}
             client.warned = False
@@ -303,6 +308,7 @@ class Engine(Moves):
                 client.entered.clear()
                 client.available = client.memory.took_nbytes = 0
                 self._sampled.clear()
+                self._retries = self.lanes.retries()
                 for component in try_out(self, client) if client.calls <= EARLY else ():
                     if not component.bound:
                         self._refresh(component, sampled=False)
@@ -356,14 +362,25 @@ class Engine(Moves):
             client.available, client.ceiling = 0, None
             client.calls += 1
             client.last_call = self.recorder.call_ended(client.number, client.components, failed, client.last_call)
+            retries = self.lanes.retries() - self._retries
+            self._retries += retries
+            if retries > 0:
+                self.recorder.count("cache given back", retries)
             if failed:
                 client.order.start()
                 return
+            if retries > 0 and client.plan is not None:
+                self._spare()
             client.followed, client.followed_because = client.plan, client.planned_because
             client.order.finish()
             client.memory.commit()
             client.excess, client.memory.took_nbytes = excess_of(self, client), 0
             self.fill_idle(client)
+
+    def _spare(self) -> None:
+        """A call that went by a plan met free memory in pieces too small for it: plans made from what is free leave more."""
+        total = self.lanes.total_nbytes()
+        self.spared_nbytes = min(self.spared_nbytes + total // _SPARED, total // _MOST_SPARED)
 
     def show_masters(self, components: list[Component]) -> None:
         """These components show their host weights; device copies stay."""

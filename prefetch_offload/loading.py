@@ -8,12 +8,11 @@ import torch
 
 from .host import Pins, Slab
 from .masters import Master, inner_tensors, is_plain, span_nbytes, tensor_nbytes, version_of
-from .units import align
+from .units import device_nbytes
 
 if TYPE_CHECKING:
     from .addresses import Addresses
 
-DEVICE_GRAIN = 512  # the caching allocator's: what a tensor allocated alone really takes
 _SAMPLES = 16  # per tensor, spread evenly, first and last word included: about 1 ms per GB of SDXL-like tensors
 
 
@@ -108,7 +107,7 @@ class SlabUnit(Unit):
     """Masters in a slab, copied as one contiguous run of bytes."""
 
     def __init__(self, key: str, slab: Slab, masters: list[Master]) -> None:
-        super().__init__(key, align(slab.nbytes, DEVICE_GRAIN), slab.nbytes, masters)
+        super().__init__(key, device_nbytes(slab.nbytes), slab.nbytes, masters)
         self.slab = slab
         self.bytes: torch.Tensor | None = None  # [slab.nbytes] uint8 on the device; its storage is empty unless resident
         self.addresses: Addresses | None = None  # which give it its address for life, if it has one
@@ -154,9 +153,9 @@ class SlabUnit(Unit):
             self.bytes = self.addresses.map(self)
         elif self.bytes is None:
             with torch.inference_mode(False):
-                self.bytes = torch.empty(self.slab.nbytes, dtype=torch.uint8, device=device)
+                self.bytes = torch.empty(self.nbytes, dtype=torch.uint8, device=device)[: self.slab.nbytes]
         else:
-            self.bytes.untyped_storage().resize_(self.slab.nbytes)
+            self.bytes.untyped_storage().resize_(self.nbytes)
         self.base = self.bytes.data_ptr()
         if self.places is not None:
             return  # all twins are there, as they were last shown: the most frequent case by far
@@ -201,7 +200,7 @@ class SlabUnit(Unit):
         made anew."""
         if addresses is self.addresses:
             return
-        nbytes = align(self.slab.nbytes, DEVICE_GRAIN)
+        nbytes = device_nbytes(self.slab.nbytes)
         if addresses is not None:
             nbytes = addresses.rounded(self.slab.nbytes)
         if self.addresses is not None:
@@ -271,7 +270,7 @@ class CarriedUnit(Unit):
 
     def __init__(self, key: str, masters: list[Master]) -> None:
         sizes = [tensor_nbytes(m.tensor) for m in masters]
-        super().__init__(key, sum(align(n, DEVICE_GRAIN) for n in sizes), sum(sizes), masters)
+        super().__init__(key, sum(map(device_nbytes, sizes)), sum(sizes), masters)
 
     def allocate(self, device: torch.device) -> None:
         made: list[torch.Tensor] = []

@@ -134,7 +134,7 @@ class Recorder:
     """Records spans by timing events on the streams; resolving them waits for the device, so only `timeline` does.
 
     Attributes:
-        counts: how often something noteworthy happened (``ladder``, ``prefetch refused``).
+        counts: how often something noteworthy happened (``ladder``, ``prefetch refused``, ``cache given back``).
         totals: by component key.
         dropped: spans that are kept no more.
     """
@@ -179,8 +179,8 @@ class Recorder:
             if self._run.call is not None:
                 self._run.call.passes += 1
 
-    def count(self, what: str) -> None:
-        self.counts[what] += 1
+    def count(self, what: str, times: int = 1) -> None:
+        self.counts[what] += times
 
     def call_started(self, name: str, client: int, components: Iterable[str]) -> None:
         """A call of `client` begins, which has these components."""

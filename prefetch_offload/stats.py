@@ -148,7 +148,7 @@ class Stats:
         pool_nbytes: device memory of units that keep their addresses (`stable_addresses`), what they are about to give back
             and what an arena keeps for them included.
         budget: as set.
-        counts: noteworthy events: ``ladder`` (ran out of memory and tried again), ``prefetch refused``.
+        counts: noteworthy events: ``ladder`` (ran out of memory and tried again), ``prefetch refused``, ``cache given back``.
         last_call: the last complete call beside its plan; None: there was none.
         dropped_spans: spans, the oldest ones, that times and traces do not have any more.
     """

@@ -22,8 +22,8 @@ from .device import (
 )
 from .encoded import EncodedUnit
 from .host import Pins
-from .loading import DEVICE_GRAIN, SlabUnit, Unit
-from .units import align
+from .loading import SlabUnit, Unit
+from .units import device_nbytes
 
 _STAGING = "staging"
 
@@ -142,12 +142,12 @@ class Transport:
     @property
     def overhead_held_nbytes(self) -> int:
         """Those that are allocated now."""
-        staging = 0 if self._staging is None else align(self._staging.numel(), DEVICE_GRAIN)
+        staging = 0 if self._staging is None else self._staging.numel()
         return staging + sum(u.overhead_nbytes for u in self._encoded.values())
 
     @property
     def _staging_nbytes(self) -> int:
-        return align(max((u.payload_nbytes for u in self._encoded.values()), default=0), DEVICE_GRAIN)
+        return device_nbytes(max((u.payload_nbytes for u in self._encoded.values()), default=0))
 
     def release_staging(self) -> None:
         """Give the staging buffer back; the next encoded unit takes it again."""

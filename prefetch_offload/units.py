@@ -15,6 +15,11 @@ from dataclasses import dataclass
 # tensor inside a unit meets the same kernels as one allocated alone, and takes no more memory.
 ALIGNMENT = 256
 
+# CUDA's caching allocator again: what is smaller than `_SEGMENT_FROM` is cut out of larger segments; what is not gets one of
+# its own, a multiple of `_SEGMENT`, and all of that unless more than `_LEFT` of it would be over.
+DEVICE_GRAIN = 512
+_SEGMENT_FROM, _SEGMENT, _LEFT = 10 << 20, 2 << 20, 1 << 20
+
 
 @dataclass(frozen=True)
 class Extent:
@@ -49,6 +54,17 @@ class UnitLayout:
 def align(nbytes: int, alignment: int = ALIGNMENT) -> int:
     """`nbytes` rounded up to a multiple of `alignment`."""
     return -(-nbytes // alignment) * alignment
+
+
+def device_nbytes(nbytes: int) -> int:
+    """Bytes that CUDA's caching allocator takes, and counts, for a tensor of `nbytes` that comes from new memory.
+
+    Asking for as many takes no more, and any memory that is used again for them counts the same: blocks of these sizes replace
+    one another without a remainder that nobody could use.
+    """
+    cut_out = align(nbytes, DEVICE_GRAIN)
+    alone = align(nbytes, _SEGMENT)
+    return alone if cut_out >= _SEGMENT_FROM and alone - cut_out <= _LEFT else cut_out
 
 
 _BLOCK = re.compile(r"^((?:.*\.)?\d+)\.")

@@ -1,0 +1,151 @@
+"""What a unit takes on the device is what the device's allocator counts for it: a budget holds there, not only in a plan."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from caching_allocator import MIB, Block, CachingAllocator
+from conftest import DEVICE, weight_nbytes
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from prefetch_offload import simulator
+from prefetch_offload.adoption import build_units
+from prefetch_offload.config import Settings
+from prefetch_offload.device import Lanes
+from prefetch_offload.figures import MODELS
+from prefetch_offload.host import Pins
+from prefetch_offload.loading import SlabUnit
+from prefetch_offload.masters import Master
+from prefetch_offload.residency import Drop, Instruction, Load
+from prefetch_offload.shapes import workload_of
+from prefetch_offload.simulator import Link
+from prefetch_offload.strategy import plan_call
+from prefetch_offload.testing.pipelines import CASES
+from prefetch_offload.transport import Transport
+from prefetch_offload.units import device_nbytes
+
+
+@given(st.integers(0, 300 * MIB) | st.integers(1, 150).flatmap(lambda n: st.integers(n * MIB - 1024, n * MIB + 1024)))
+def test_it_is_what_new_memory_counts(nbytes: int) -> None:
+    allocator = CachingAllocator()
+    allocator.take(nbytes)
+    assert allocator.allocated == max(512, device_nbytes(nbytes))
+    again = CachingAllocator()
+    again.take(device_nbytes(nbytes))
+    assert again.allocated == allocator.allocated and again.reserved == allocator.reserved
+
+
+class _Replay(simulator._Device):
+    """Takes and gives memory as the engine does, with activations between."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.allocator = CachingAllocator()
+        self.there: dict[str, Block] = {}
+
+    def carry_out(self, instructions: Sequence[Instruction], activations: int) -> None:
+        for instruction in instructions:
+            if isinstance(instruction, Drop):
+                self.allocator.give(self.there.pop(instruction.unit))
+            elif isinstance(instruction, Load):
+                self.there[instruction.unit] = self.allocator.take(self.nbytes[instruction.unit])
+        super().carry_out(instructions, activations)
+        parts = [self.allocator.take(activations // n) for n in (8, 4, 4, 8, 16, 16, 100)]  # less than all of them
+        for part in parts:
+            self.allocator.give(part)
+
+
+@pytest.mark.parametrize("gib", [2, 6])
+def test_sdxl_stays_within_its_budget_as_the_allocator_counts(gib: int) -> None:
+    model, budget = MODELS["sdxl"], gib << 30
+    workload = workload_of(model.parts, model.steps, model.step_ms, model.encode_ms, model.decode_ms)
+
+    def peak(counted: Any) -> int:
+        components = {
+            name: dataclasses.replace(c, nbytes={u: counted(n) for u, n in c.nbytes.items()})
+            for name, c in workload.components.items()
+        }
+        load = dataclasses.replace(workload, components=components)
+        device = _Replay(load, plan_call(load, budget, Link(25.0)).shares, budget, Link(25.0), False)
+        for _ in range(2):
+            device.run_call()
+        return device.allocator.peak
+
+    assert peak(device_nbytes) <= budget
+    assert peak(lambda n: -(-n // 512) * 512) > budget, "the model would not have found it"
+
+
+def test_units_ask_for_what_they_count(sim: Any) -> None:
+    """One of 11.2 MiB counts 12, and takes as many; the bytes that travel are its own."""
+    weight = nn.Parameter(torch.randn(1713, 1713), requires_grad=False)
+    entries: dict[str, Any] = {"weight": weight}
+    device = torch.device(DEVICE, 0)
+    pins = Pins(device)
+    masters = [Master(weight, "weight", [(entries, "weight")])]
+    (unit,) = build_units("m#0", masters, Settings(), pins)
+    assert isinstance(unit, SlabUnit) and unit.payload_nbytes < unit.nbytes == 12 * MIB
+    lanes = Lanes(device, verify=True)
+    transport = Transport(lanes, pins)
+    before = sim.counters()["allocated"]
+    for _ in range(2):  # new, and resized
+        transport.load(unit)
+        assert unit.bytes is not None and unit.bytes.numel() == unit.payload_nbytes
+        assert sim.counters()["allocated"] - before == unit.nbytes
+        transport.wait(unit)
+        assert torch.equal(unit.bytes.cpu(), unit.slab.bytes)
+        transport.drop(unit)
+        assert sim.counters()["allocated"] == before
+    transport.retire(unit)
+    assert lanes.hazards == []
+
+
+def test_what_is_planned_from_what_is_free_leaves_more_where_free_memory_is_in_pieces(
+    sim: Any, enable: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The allocator says so: it gave back what it had cached, for which the host waits, in the middle of a call."""
+    case = CASES["flux"]
+    pipe = case.build()
+    total = sim.counters()["allocated"] + int(0.9 * weight_nbytes(pipe)) + 4 * MIB
+    sim.configure(total, 0, 0, 0)
+    offload = enable(pipe, unit_min=64 << 10, unit_max=512 << 10)
+    engine, retries = offload._engine, 0
+    monkeypatch.setattr(engine.lanes, "_figures", lambda: {"num_alloc_retries": retries})
+    starts = engine.start_call
+
+    def call(within: int, without: int = 0) -> None:
+        def start_call(*args: Any) -> None:
+            nonlocal retries
+            starts(*args)
+            retries += within
+
+        nonlocal retries
+        retries += without
+        monkeypatch.setattr(engine, "start_call", start_call)
+        images.append(np.asarray(case.call(pipe, seed=0)))
+
+    images: list[Any] = []
+    call(2)  # goes by no plan yet: how much is needed was not known
+    assert engine.spared_nbytes == 0
+    call(0, without=7)  # between calls it is others' affair
+    (client,) = engine.clients
+    assert engine.spared_nbytes == 0 and client.plan is not None
+    before = client.plan.budget_nbytes
+    for _ in range(2):
+        call(3)
+    call(0)
+    assert engine.spared_nbytes == 2 * (total // 32) and offload.stats.counts["cache given back"] == 8
+    assert client.plan is not None
+    assert client.plan.budget_nbytes == pytest.approx(before - engine.spared_nbytes, abs=total // 100)
+    assert all(np.array_equal(image, images[0]) for image in images)
+    for _ in range(7):
+        call(1)
+    assert engine.spared_nbytes == total // 4
+    offload.budget = None
+    assert engine.spared_nbytes == 0

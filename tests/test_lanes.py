@@ -1,0 +1,50 @@
+"""Streams and figures of a device, where the simulated one would not show a mistake."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import DEVICE
+
+from prefetch_offload.device import Lanes
+
+
+def test_what_unpacks_a_unit_goes_before_the_kernel_that_is_running(sim: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With equal priority it waits for all blocks of that one, and the copy behind it with it."""
+    made: list[dict[str, Any]] = []
+    stream = torch.Stream
+
+    def recorded(**how: Any) -> torch.Stream:
+        made.append(how)
+        return stream(**how)
+
+    monkeypatch.setattr(torch, "Stream", recorded)
+    lanes = Lanes(torch.device(DEVICE, 0))
+    assert made == [{"device": lanes.device, "priority": -1}]
+
+
+def test_the_allocators_figures_are_asked_for_once_and_unsorted(sim: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`memory_allocated` and its like put all names together and sort them, for one figure of two hundred."""
+    lanes = Lanes(torch.device(DEVICE, 0))
+
+    def figures(device: torch.device) -> dict[str, Any]:
+        assert device == lanes.device
+        return {
+            "allocated_bytes": {"all": {"current": 300, "peak": 700}},
+            "reserved_bytes": {"all": {"current": 1000, "peak": 2000}},
+            "num_alloc_retries": 5,
+        }
+
+    monkeypatch.setattr(
+        lanes, "module", SimpleNamespace(memory_stats_as_nested_dict=figures, mem_get_info=lambda device: (4000, 9000))
+    )
+    assert (lanes.allocated_nbytes(), lanes.peak_nbytes(), lanes.reserved_nbytes(), lanes.retries()) == (300, 700, 1000, 5)
+    assert lanes.free_nbytes() == 4000 + 1000 - 300
+    # before anything has been allocated there are none
+    plain = {"memory_allocated": 1, "max_memory_allocated": 2, "memory_reserved": 3}
+    asked = {name: lambda device, nbytes=nbytes: nbytes for name, nbytes in plain.items()}
+    monkeypatch.setattr(lanes, "module", SimpleNamespace(memory_stats_as_nested_dict=lambda device: {}, **asked))
+    assert (lanes.allocated_nbytes(), lanes.peak_nbytes(), lanes.reserved_nbytes(), lanes.retries()) == (1, 2, 3, 0)
