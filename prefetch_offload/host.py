@@ -15,6 +15,7 @@ import sys
 import threading
 import warnings
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -42,12 +43,19 @@ def clear_last_error(cudart: Any) -> None:
         return
     # PyTorch's binding lacks it; the library is loaded, so ask it directly. There may be several in one process.
     try:
-        with open("/proc/self/maps") as maps:
-            paths = {line.split()[-1] for line in maps if "libcudart" in line}
-        for path in paths:
+        for path in _runtimes():
             ctypes.CDLL(path).cudaGetLastError()
     except (OSError, AttributeError):
         pass
+
+
+def _runtimes() -> Iterable[str]:
+    """The CUDA runtimes that this process has loaded. Raises OSError where that cannot be told."""
+    if sys.platform == "win32":
+        major = (torch.version.cuda or "").split(".")[0]
+        return [f"cudart64_{110 if major == '11' else major}.dll"]
+    with open("/proc/self/maps") as maps:  # the path is the sixth field, and may have blanks
+        return {line.rstrip("\n").split(maxsplit=5)[-1] for line in maps if "libcudart" in line}
 
 
 def _mapping(nbytes: int) -> mmap.mmap:

@@ -1,7 +1,10 @@
-"""Streams and figures of a device, where the simulated one would not show a mistake."""
+"""Streams, figures and errors of a device, where the simulated one would not show a mistake."""
 
 from __future__ import annotations
 
+import ctypes
+import io
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +12,7 @@ import pytest
 import torch
 from conftest import DEVICE
 
+from prefetch_offload import host
 from prefetch_offload.device import Lanes
 
 
@@ -48,3 +52,20 @@ def test_the_allocators_figures_are_asked_for_once_and_unsorted(sim: Any, monkey
     asked = {name: lambda device, nbytes=nbytes: nbytes for name, nbytes in plain.items()}
     monkeypatch.setattr(lanes, "module", SimpleNamespace(memory_stats_as_nested_dict=lambda device: {}, **asked))
     assert (lanes.allocated_nbytes(), lanes.peak_nbytes(), lanes.reserved_nbytes(), lanes.retries()) == (1, 2, 3, 0)
+
+
+@pytest.mark.parametrize("platform", ["linux", "win32"])
+def test_what_was_refused_is_forgotten_by_the_runtime_that_is_loaded(
+    platform: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's binding has no `cudaGetLastError`; the next kernel launch would raise what pinning left behind."""
+    asked: list[str] = []
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    folder = "/home/a user/lib"
+    line = f"7f00-7f01 r-xp 00000000 08:01 123                        {folder}/libcudart.so.12\n"
+    maps = line + line + "7f02-7f03 rw-p 00000000 00:00 0\n"
+    monkeypatch.setattr(host, "open", lambda path: io.StringIO(maps), raising=False)
+    monkeypatch.setattr(ctypes, "CDLL", lambda path: SimpleNamespace(cudaGetLastError=lambda: asked.append(path)))
+    host.clear_last_error(SimpleNamespace())
+    assert asked == [f"{folder}/libcudart.so.12" if platform == "linux" else "cudart64_12.dll"]
