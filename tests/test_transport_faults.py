@@ -207,7 +207,8 @@ def test_a_budget_without_room_to_arrive_in_is_refused(way: str, sim: Any, enabl
         if isinstance(m, nn.Module)
     ]
     weights = max(one.weights_nbytes for one in least)
-    needed = weights + max(one.staging_nbytes for one in least) + sum(one.tables_nbytes for one in least)
+    payloads = sorted((n for one in least for n in one.payloads_nbytes), reverse=True)
+    needed = weights + sum(payloads[:2]) + sum(one.tables_nbytes for one in least)
     assert needed > weights + (100 << 10)
     with pytest.raises(BudgetError, match=rf"take {weights} bytes .* at once, and what encoded weights arrive in \d+ bytes"):
         prefetch_offload.enable(pipe, device=DEVICE, budget=needed - 1, **settings)
