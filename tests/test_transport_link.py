@@ -172,3 +172,11 @@ def test_without_room_for_a_second_buffer_one_does(sim: Any, enable: Any, monkey
     monkeypatch.setattr(Transport, "_staging_of", only_the_first)
     assert draw("flux", pipe) == resident("flux")[0]
     assert offload._engine.transport._staging[1] is None and not offload.stats.counts
+
+
+def test_a_second_buffer_is_worth_its_memory_where_the_link_is_short() -> None:
+    """And costs nothing where it is not: what benchmarks/staging.py prints."""
+    from benchmarks.staging import call_s
+
+    assert call_s("fp8", 250, two=True) < 0.95 * call_s("fp8", 250, two=False)
+    assert call_s("fp8", 900, two=True) <= 1.002 * call_s("fp8", 900, two=False)
