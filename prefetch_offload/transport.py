@@ -218,9 +218,9 @@ class Transport:
             lanes = self.lanes
             with torch.inference_mode(False), lanes.cast:
                 memory = torch.empty(nbytes, dtype=torch.uint8, device=lanes.device)
-            name = f"staging/{number}"
-            lanes.note("alloc", lanes.cast, name)
-            staging = self._staging[number] = _Staging(name, memory, lanes.record(lanes.cast))
+            staging = self._staging[number] = _Staging(f"staging/{number}", memory, lanes.record(lanes.cast))
+            lanes.note("alloc", lanes.cast, staging.name)  # behind: an interrupt in between leaves no name that is taken
+            staging.left = lanes.record(lanes.cast)
         return staging
 
     def _lay_table(self, unit: EncodedUnit) -> None:
