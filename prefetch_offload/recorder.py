@@ -345,7 +345,10 @@ class Recorder:
         spans = []
         for mark in self._marks:
             if mark.end is not None:
-                spans.append(Span(mark.track, mark.name, at(mark.start), mark.duration_ms(), mark.args))  # type: ignore[arg-type]
+                args = mark.args
+                if mark.ready is not None:
+                    args = {**args, "cast_ms": float(mark.end.elapsed_time(mark.ready))}
+                spans.append(Span(mark.track, mark.name, at(mark.start), mark.duration_ms(), args))  # type: ignore[arg-type]
         levels = tuple(Level(at(event), nbytes) for event, nbytes in self._levels)
         levels = tuple(sorted(levels, key=lambda level: level.start_ms))
         ordered = tuple(sorted(spans, key=lambda s: s.start_ms))

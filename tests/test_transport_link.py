@@ -89,6 +89,9 @@ def test_plans_are_made_of_what_travels_and_of_what_unpacking_took(sim: Any, ena
         assert load.copy_nbytes == travelling and bool(travelling) == (not key.startswith("vae"))
         assert all(load.link_nbytes(u) < load.nbytes[u] for u in travelling)
         assert set(load.unpack_ms) == set(travelling) and all(ms > 0 for ms in load.unpack_ms.values())
+    copies = [s for s in offload.timeline().spans if s.track == "copy"]
+    assert {s.args["unit"] for s in copies if "cast_ms" in s.args} == {u.key for u in encoded_units(offload)}
+    assert all(s.args["cast_ms"] > 0 for s in copies if "cast_ms" in s.args), "beside the copy, not part of it"
 
 
 _WITHOUT_TRITON = """
