@@ -31,12 +31,14 @@ class EncodedUnit(SlabUnit):
         encoded: that one.
         descriptors: how the device turns it into the unit.
         table: the same on the device, in memory of the cast stream; None: not there.
+        transient: it is there for one call only.
         dirty: masters differ from what was encoded, or encoding them has not been finished.
         encodings: how often it was encoded.
         workspace_nbytes: device bytes that encoding it anew takes meanwhile.
     """
 
     travels_encoded = True
+    transient = False
 
     def __init__(
         self,

@@ -171,7 +171,10 @@ class Transport:
 
     @property
     def _staging_nbytes(self) -> tuple[int, int]:
-        first, second = staging_nbytes(u.payload_nbytes for u in self._encoded.values())
+        units = self._encoded.values()
+        first = max((u.payload_nbytes for u in units), default=0)
+        # Those of one call are a few that come once, beside a decoder's activations: not worth the memory.
+        _, second = staging_nbytes(u.payload_nbytes for u in units if not u.transient)
         return align(first, DEVICE_GRAIN), align(second, DEVICE_GRAIN)
 
     def release_staging(self) -> None:

@@ -46,6 +46,8 @@ class UpcastUnit(EncodedUnit):
         donor: that unit, which is suspended meanwhile.
     """
 
+    transient = True
+
     def __init__(
         self, key: str, donor: SlabUnit, masters: list[Master], travelling: Mapping[int, _Travelling], pins: Pins
     ) -> None:

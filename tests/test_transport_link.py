@@ -15,10 +15,11 @@ import torch
 from conftest import settle, weight_nbytes
 from test_transport_codecs import UNITS, build, draw, encoded_units, fp8_rounded, resident, small_chunks, weights
 
-from prefetch_offload import transport
+from prefetch_offload import transport, upcast
 from prefetch_offload.device import STAGE_AFTER_CAST, Lanes
 from prefetch_offload.loading import SlabUnit
 from prefetch_offload.planning import workload_of
+from prefetch_offload.testing.pipelines import CASES
 from prefetch_offload.transport import Transport, staging_nbytes
 from prefetch_offload.units import align
 
@@ -160,6 +161,25 @@ def test_staging_is_for_the_largest_unit_and_for_most_others() -> None:
     assert staging_nbytes([5, 9, 7]) == (9, 7)
     assert staging_nbytes(iter([700 * mib, 128 * mib, 700 * mib, 100 * mib])) == (700 * mib, 128 * mib)
     assert staging_nbytes([700 * mib, 600 * mib]) == (700 * mib, 0), "two embeddings of a text encoder take turns in one"
+
+
+def test_what_is_cast_up_for_a_call_has_one_buffer(sim: Any, enable: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more memory for the default than before, where a VAE's activations are."""
+    monkeypatch.setattr(upcast, "_PAYLOAD", 1 << 10)
+    case = CASES["sdxl-upcast"]
+    pipe = case.build()
+    transport = enable(pipe, **UNITS)._engine.transport
+    sizes: list[tuple[int, int]] = []
+    next_staging = Transport._next_staging
+
+    def asked(self: Transport, payload_nbytes: int) -> Any:
+        sizes.append(self._staging_nbytes)
+        return next_staging(self, payload_nbytes)
+
+    monkeypatch.setattr(Transport, "_next_staging", asked)
+    case.call(pipe)
+    assert len(sizes) > 3 and all(first and not second for first, second in sizes)
+    assert transport._staging[1] is None
 
 
 def test_without_room_for_a_second_buffer_one_does(sim: Any, enable: Any, monkeypatch: pytest.MonkeyPatch) -> None:
