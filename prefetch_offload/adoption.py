@@ -170,12 +170,12 @@ class Least:
 
     Attributes:
         weights_nbytes: its weights, streamed.
-        staging_nbytes: what its largest unit arrives in, where it travels encoded.
+        payloads_nbytes: what each of its units that travel encoded puts on the link.
         tables_nbytes: what its encoded units have there for good.
     """
 
     weights_nbytes: int
-    staging_nbytes: int = 0
+    payloads_nbytes: tuple[int, ...] = ()
     tables_nbytes: int = 0
 
 
@@ -205,7 +205,7 @@ def least_of(module: nn.Module, settings: Settings, codec: Codec | None = None) 
         return Least(weights)
     sizes = [(sum(m.tensor.nbytes for m in u.masters), sum(_least_encoded(m, codec) for m in u.masters)) for u in units]
     encoded = [nbytes for whole, nbytes in sizes if nbytes < whole]
-    return Least(weights, max(encoded, default=0), len(encoded) * TENSORS_BESIDE * DEVICE_GRAIN)
+    return Least(weights, tuple(encoded), len(encoded) * TENSORS_BESIDE * DEVICE_GRAIN)
 
 
 def _least_encoded(master: Master, codec: Codec) -> int:

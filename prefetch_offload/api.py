@@ -25,6 +25,7 @@ from .handle import Offload
 from .holdings import rehooking
 from .masters import component_nbytes
 from .originals import why_not
+from .transport import staging_nbytes
 
 
 def enable(
@@ -212,8 +213,9 @@ def check_budget(pipe: DiffusionPipeline, settings: Settings, measured_nbytes: i
     if largest is None:
         return
     weights = least[largest].weights_nbytes
-    # There is one staging buffer for all components, and every encoded unit has its table.
-    beside = max(one.staging_nbytes for one in least.values()) + sum(one.tables_nbytes for one in least.values())
+    # All components share the staging buffers, and every encoded unit has its table.
+    arriving = sum(staging_nbytes(nbytes for one in least.values() for nbytes in one.payloads_nbytes))
+    beside = arriving + sum(one.tables_nbytes for one in least.values())
     if weights + beside > budget:
         besides = f", and what encoded weights arrive in {beside} bytes besides" if beside else ""
         calls = f", and calls like the last one {measured_nbytes} bytes ({told(measured_nbytes)})" if measured_nbytes else ""

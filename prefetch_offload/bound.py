@@ -99,18 +99,18 @@ def _stretches(workload: Workload, budget_nbytes: int) -> list[_Stretch]:
 def _tail_ms(component: ComponentLoad, link: Link) -> float:
     """From the first copy of a component to the end of a pass, were nothing of it on the device and the link its own.
 
-    For each unit: the copies of all up to it, then the compute from it on.
+    For each unit: the copies of all up to it, turning the one that came last into what it is, then the compute from it on.
     """
-    if not component.streamable:
-        return sum(_copy_ms(component, u, link) for u in component.units) + component.pass_ms
     copied, rest, found = 0.0, component.pass_ms, 0.0
+    behind = math.inf  # whichever comes last
     for unit in component.units:
         copied += _copy_ms(component, unit, link)
-        found = max(found, copied + rest)
-        rest -= component.compute_ms.get(unit, 0.0)
+        behind = min(behind, component.unpack_ms.get(unit, 0.0))
+        found = max(found, copied + behind + rest)
+        rest -= component.compute_ms.get(unit, 0.0) if component.streamable else 0.0
     return found
 
 
 def _copy_ms(component: ComponentLoad, unit: str, link: Link) -> float:
     """Of one unit, the latency left out: it depends on how many copies there are."""
-    return component.link_nbytes(unit) / link.gbps / 1e6 + component.unpack_ms.get(unit, 0.0)
+    return component.link_nbytes(unit) / link.gbps / 1e6

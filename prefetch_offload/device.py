@@ -13,10 +13,15 @@ Order on the device is by events only. Every record and wait of the engine goes 
 6. WRITE_BACK_AFTER_USE: what another stream may have changed is read back only behind it.
 7. RETIRE_AFTER_COPY (the host waits): host memory is unpinned or given back only after the last copy out of it.
 
+Where units travel encoded ([Note: encoded units]):
+
+8. CAST_AFTER_COPY: what has arrived in a staging buffer is turned into the unit on the cast stream, behind its copy.
+9. STAGE_AFTER_CAST: the copy stream writes to a staging buffer again only after what was in it has been cast.
+
 And where units keep their addresses ([Note: stable addresses]):
 
-8. COPY_AFTER_REUSE: memory that a unit has left is written again only after that unit's last use.
-9. UNMAP_AFTER_USE (the host waits, or asks): nothing is unmapped that may still be read.
+10. COPY_AFTER_REUSE: memory that a unit has left is written again only after that unit's last use.
+11. UNMAP_AFTER_USE (the host waits, or asks): nothing is unmapped that may still be read.
 """
 
 from __future__ import annotations
@@ -35,6 +40,8 @@ FREE_AFTER_UNUSED_COPY = "free after unused copy"
 STAGE_AFTER_COPY = "stage after copy"
 RETIRE_AFTER_COPY = "retire after copy"
 WRITE_BACK_AFTER_USE = "write back after use"
+CAST_AFTER_COPY = "cast after copy"
+STAGE_AFTER_CAST = "stage after cast"
 COPY_AFTER_REUSE = "copy after reuse"
 UNMAP_AFTER_USE = "unmap after use"
 
@@ -61,16 +68,17 @@ class Lanes:
         device: with an index.
         unseen_nbytes: device bytes that weights take and PyTorch's allocator does not count.
         copy: the copy stream; it exists so that host-to-device copies run beside compute. There is one, since one
-            engine serves the link in each direction and two would only interleave. Its priority is high: what turns a unit
-            that has arrived into the one that is used is short, and the next copy waits behind it. With that of compute it
-            would stand behind all blocks of the kernel that is running, and the link idle for as long.
+            engine serves the link in each direction and two would only interleave.
+        cast: the stream on which encoded units are cast out of a staging buffer, while the next one is copied into another.
+            Its priority is high: a cast is short, and the copy after the next waits behind it. With that of compute it would
+            stand behind all blocks of the kernel that is running, and the link idle for as long.
         hazards: what the checker objected to, when `verify` is on.
     """
 
     def __init__(self, device: torch.device, verify: bool = False) -> None:
         self.device = device
         self.module: Any = torch.get_device_module(device)
-        self.copy = torch.Stream(device=device, priority=-1)
+        self.copy, self.cast = torch.Stream(device=device), torch.Stream(device=device, priority=-1)
         self.hazards: list[Hazard] = []
         self._checker = HazardChecker() if verify else None
         self._events: dict[int, tuple[int, torch.Event]] = {}
@@ -118,7 +126,7 @@ class Lanes:
 
     def synchronize(self) -> None:
         """The host waits for everything on the device: only in teardown and recovery."""
-        for stream in (self.copy, self.compute()):
+        for stream in (self.copy, self.cast, self.compute()):
             self.host_wait(self.record(stream), "synchronize")
         torch.accelerator.synchronize(self.device)
 

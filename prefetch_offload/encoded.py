@@ -3,9 +3,9 @@
 # [Note: encoded units]
 The masters stay what they are ([Note: host masters]), in a slab that is not pinned, and in a file where there can be one
 ([Note: originals]); a second, pinned slab holds the unit as a codec encoded it. On the device the unit's bytes and twins are
-those of any other unit: the copy stream copies encoded bytes into the staging buffer, casts or unpacks them from there, and
-records the ready event behind that. A unit is encoded anew before it travels when its masters were written since: their
-versions, their file or a fingerprint, or what was written back say so.
+those of any other unit: the copy stream copies encoded bytes into a staging buffer, and the cast stream casts or unpacks them
+from there, with the ready event behind that. A unit is encoded anew before it travels when its masters were written since:
+their versions, their file or a fingerprint, or what was written back say so.
 """
 
 from __future__ import annotations
@@ -30,13 +30,15 @@ class EncodedUnit(SlabUnit):
     Attributes:
         encoded: that one.
         descriptors: how the device turns it into the unit.
-        table: the same on the device, in memory of the copy stream; None: not there.
+        table: the same on the device, in memory of the cast stream; None: not there.
+        transient: it is there for one call only.
         dirty: masters differ from what was encoded, or encoding them has not been finished.
         encodings: how often it was encoded.
         workspace_nbytes: device bytes that encoding it anew takes meanwhile.
     """
 
     travels_encoded = True
+    transient = False
 
     def __init__(
         self,

@@ -93,7 +93,7 @@ class _Mark:
     start: torch.Event
     end: torch.Event | None
     args: dict[str, object] = field(default_factory=dict)
-    arrived: torch.Event | None = None  # of a unit that travels encoded: behind its copy, before what it is turned into
+    ready: torch.Event | None = None  # of a unit that travels encoded: behind what turns it, once copied, into the unit
     call: Figures | None = None  # what it counts for
 
     def since(self, event: torch.Event | None) -> tuple[float, float]:
@@ -104,7 +104,8 @@ class _Mark:
 
     def happened(self) -> bool:
         # A run may end on the stream of whoever enters next, which need not have waited for where it began.
-        return self.end is not None and self.end.query() and self.start.query()
+        over = self.end is not None and self.end.query() and self.start.query()
+        return over and (self.ready is None or self.ready.query())
 
     def duration_ms(self) -> float:
         # Not the difference of two offsets: they are single precision, and coarse hours after the base event.
@@ -246,7 +247,8 @@ class Recorder:
         totals = self.of(key)
         totals.h2d_nbytes += flight.unit.payload_nbytes
         args = {"component": key, "unit": flight.unit.key, "nbytes": flight.unit.payload_nbytes, "prefetch": ahead}
-        self._keep(_Mark("copy", name, flight.start, flight.ready, args, flight.arrived, totals.call))
+        ready = flight.ready if flight.arrived is not None else None
+        self._keep(_Mark("copy", name, flight.start, flight.arrived or flight.ready, args, ready, totals.call))
         self._levels.append((flight.start, held_nbytes))
 
     def stall(self, key: str, name: str, waits: bool) -> contextlib.AbstractContextManager[object]:
@@ -317,7 +319,7 @@ class Recorder:
         nbytes, ms = 0, 0.0
         for mark in self._recent("copy")[:256]:
             nbytes += int(mark.args["nbytes"])  # type: ignore[call-overload]
-            ms += float(mark.start.elapsed_time(mark.arrived or mark.end))
+            ms += mark.duration_ms()
         return nbytes / ms / 1e6 if ms > 0 and nbytes >= (1 << 16) else None
 
     def unpack_ms(self) -> dict[str, dict[str, float]]:
@@ -325,9 +327,9 @@ class Recorder:
         other kernels may run beside it."""
         found: dict[str, dict[str, float]] = {}
         for mark in self._recent("copy"):
-            if mark.arrived is not None:
+            if mark.ready is not None and mark.end is not None:
                 unit, times = str(mark.args["unit"]), found.setdefault(str(mark.args["component"]), {})
-                times[unit] = min(times.get(unit, math.inf), float(mark.arrived.elapsed_time(mark.end)))
+                times[unit] = min(times.get(unit, math.inf), float(mark.end.elapsed_time(mark.ready)))
         return found
 
     def timeline(self, simulated: bool) -> Timeline:
@@ -343,7 +345,10 @@ class Recorder:
         spans = []
         for mark in self._marks:
             if mark.end is not None:
-                spans.append(Span(mark.track, mark.name, at(mark.start), mark.duration_ms(), mark.args))  # type: ignore[arg-type]
+                args = mark.args
+                if mark.ready is not None:
+                    args = {**args, "cast_ms": float(mark.end.elapsed_time(mark.ready))}
+                spans.append(Span(mark.track, mark.name, at(mark.start), mark.duration_ms(), args))  # type: ignore[arg-type]
         levels = tuple(Level(at(event), nbytes) for event, nbytes in self._levels)
         levels = tuple(sorted(levels, key=lambda level: level.start_ms))
         ordered = tuple(sorted(spans, key=lambda s: s.start_ms))

@@ -130,7 +130,8 @@ class _Schedules:
         index = {u: v for v, u in enumerate(self.names)}
         n = self.n = len(self.names)
         self.size = [nbytes[u] for u in self.names]
-        self.copy = [c.load_ms(u, self.link) for c in components.values() for u in c.units]
+        self.copy = [c.next_ms(u, self.link) for c in components.values() for u in c.units]
+        self.behind = [c.load_ms(u, self.link) - c.next_ms(u, self.link) for c in components.values() for u in c.units]
         self.total = [sum(self.size[v] for v in range(n) if m >> v & 1) for m in range(1 << n)]
         self.reads: list[tuple[int, float, int]] = []  # unit, compute, room
         self.whole: list[int] = []  # units that have to be there together with it
@@ -172,7 +173,7 @@ class _Schedules:
         for v in self.order[0]:
             if not start >> v & 1 and self.next[0][v] < self.end:
                 queue += self.copy[v]
-                least = max(least, queue + self.rest[self.next[0][v]])
+                least = max(least, queue + self.behind[v] + self.rest[self.next[0][v]])
         return least
 
     def _from(self, start: int) -> None:
@@ -244,7 +245,7 @@ class _Schedules:
         now, link, ready = state.now, state.link, [*state.ready]
         for v in loads:
             link = (link if link > now else now) + self.copy[v]
-            ready[v] = link
+            ready[v] = link + self.behind[v]
         now = (ready[unit] if ready[unit] > now else now) + compute
         queue = link if link > now else now
         least = now + self.rest[i + 1]
@@ -253,7 +254,7 @@ class _Schedules:
                 late = ready[v] + rest
             else:
                 queue += self.copy[v]
-                late = queue + rest
+                late = queue + self.behind[v] + rest
             if late > least:
                 least = late
         if least >= self.best_ms:

@@ -34,7 +34,7 @@ class ComponentLoad:
         streamable: False: all units have to be there at once (a compiled graph, a module with its own `.to()`).
         apart: no module reads several units at once, those in `must` aside.
         copy_nbytes: bytes that a unit puts on the link, where they are not those that it takes on the device.
-        unpack_ms: what turning them into the unit takes behind the copy, on the same stream.
+        unpack_ms: what turning them into the unit takes behind the copy, while the link goes on with the next one.
     """
 
     units: tuple[str, ...]
@@ -53,7 +53,16 @@ class ComponentLoad:
 
     def load_ms(self, unit: str, link: Link) -> float:
         """From the start of a unit's copy until it can be read."""
-        return link.copy_ms(self.link_nbytes(unit)) + self.unpack_ms.get(unit, 0.0)
+        return self.link_ms(unit, link) + self.unpack_ms.get(unit, 0.0)
+
+    def link_ms(self, unit: str, link: Link) -> float:
+        """How long its copy takes the link."""
+        return link.copy_ms(self.link_nbytes(unit))
+
+    def next_ms(self, unit: str, link: Link) -> float:
+        """From the start of a unit's copy until that of another can begin. With two buffers to arrive in, what is slower of
+        copying and unpacking sets the pace."""
+        return max(self.link_ms(unit, link), self.unpack_ms.get(unit, 0.0))
 
     @property
     def total_nbytes(self) -> int:
@@ -120,7 +129,7 @@ class Prediction:
         first_ms: the first call, from an empty device.
         start_ms: of this call, in the timeline.
         link_gbps: what the link really carries, idle time included: `h2d_nbytes` over `call_ms`.
-        link_use: the part of the call in which something is copied (or turned into a unit behind its copy).
+        link_use: the part of the call in which something is copied.
         exposed_ms: by component, the part of `copy_ms` in which compute waits, for whatever.
         copies: by component, how many units are copied.
         hits, misses: by component, how often a unit that was needed was there or on its way, and how often it was not
@@ -219,7 +228,7 @@ class _Device:
         self.residency = Residency()
         self.owner: dict[str, str] = {}
         self.nbytes: dict[str, int] = {}
-        self.travel: dict[str, tuple[float, int]] = {}  # what a load takes, and puts on the link; of units loaded before
+        self.travel: dict[str, tuple[float, float, float, int]] = {}  # of units loaded before: see `_travel`
         for name, component in workload.components.items():
             for unit in component.units:
                 self.residency.add_unit(unit, component.nbytes[unit])
@@ -247,12 +256,9 @@ class _Device:
             name = self.owner[unit]
             if isinstance(instruction, Load):
                 start = max(clock.copy, clock.compute)
-                travel = self.travel.get(unit)
-                if travel is None:
-                    component = self.workload.components[name]
-                    travel = self.travel[unit] = component.load_ms(unit, self.link), component.link_nbytes(unit)
-                took, nbytes = travel
-                clock.copy = clock.ready[unit] = start + took
+                took, pace, behind, nbytes = self._travel(name, unit)
+                clock.copy = start + pace
+                clock.ready[unit] = clock.copy + behind
                 clock.h2d_nbytes += nbytes
                 clock.copies.append(Span("copy", name, start, took, {"unit": unit, "nbytes": nbytes}))
                 clock.spans.append(clock.copies[-1])
@@ -268,6 +274,16 @@ class _Device:
         # Drops come before the loads that take their place, so what is held in the end is the most.
         clock.peak_nbytes = max(clock.peak_nbytes, self.residency.held_nbytes + activations)
         clock.levels.append(Level(clock.compute, self.residency.held_nbytes))
+
+    def _travel(self, name: str, unit: str) -> tuple[float, float, float, int]:
+        """What a load takes on the link, until the next one, and from then until it can be read; and its bytes on the link."""
+        found = self.travel.get(unit)
+        if found is None:
+            c, link = self.workload.components[name], self.link
+            pace = c.next_ms(unit, link)
+            found = c.link_ms(unit, link), pace, c.load_ms(unit, link) - pace, c.link_nbytes(unit)
+            self.travel[unit] = found
+        return found
 
     def run_call(self) -> None:
         runs = self.workload.runs

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 from prefetch_offload_kernels import cast_unit, prepare, workspace_nbytes
 
 from .addresses import mapping_of
+from .config import MIB
 from .device import (
+    CAST_AFTER_COPY,
     COPY_AFTER_ALLOCATION,
     FREE_AFTER_LAST_USE,
     FREE_AFTER_UNUSED_COPY,
     OUT_OF_MEMORY,
     RETIRE_AFTER_COPY,
+    STAGE_AFTER_CAST,
     STAGE_AFTER_COPY,
     USE_AFTER_COPY,
     WRITE_BACK_AFTER_USE,
@@ -25,7 +29,8 @@ from .host import Pins
 from .loading import SlabUnit, Unit
 from .units import device_nbytes
 
-_STAGING = "staging"
+# The second staging buffer has no more: a unit beyond the default `unit_max` is one large tensor, of which there are few.
+_SECOND = 256 * MIB
 
 
 @dataclass(slots=True)
@@ -34,8 +39,9 @@ class Flight:
 
     Attributes:
         home: the stream whose order the memory belongs to.
-        start, ready: before and after the copy, on the copy stream (for carried units: on the compute stream).
-        arrived: for encoded units, between the copy and what turns it into the unit.
+        start, ready: before the copy, on the copy stream, and when the unit can be read (for carried units: on the compute
+            stream).
+        arrived: for encoded units, behind the copy, before what turns it into the unit on the cast stream.
         kept: others hold on to the memory; dropping the unit leaves it to them.
         readers: streams that waited for `ready`, by id; each may read until the unit is dropped.
     """
@@ -49,12 +55,27 @@ class Flight:
     arrived: torch.Event | None = None
 
 
+@dataclass(slots=True)
+class _Staging:
+    """What encoded units arrive in: memory of the cast stream.
+
+    Attributes:
+        name: for the checker.
+        bytes: uint8 on the device.
+        left: on the cast stream, behind the last cast out of it.
+    """
+
+    name: str
+    bytes: torch.Tensor
+    left: torch.Event
+
+
 class Transport:
     """Moves units between the host and one device, ordered by events only ([Note: stream order]).
 
-    Encoded units arrive in a *staging* buffer first. It is the size of the largest of those there are, and there is one:
-    copying into it and casting out of it are put on the same stream, where a second one would only wait behind the first.
-    It is allocated on that stream, too, and so are the tables: nothing else ever orders them.
+    Encoded units arrive in a *staging* buffer first, and are cast out of it on a stream of its own. There are two that take
+    turns, so that the link goes on while a unit is cast: one for the largest unit there is, and one for most of the others
+    (`staging_nbytes`). They are allocated on the cast stream, and so are the tables: nothing else ever orders them.
     """
 
     def __init__(self, lanes: Lanes, pins: Pins) -> None:
@@ -62,7 +83,8 @@ class Transport:
         self.flights: dict[str, Flight] = {}
         self._staged: list[torch.Event | None] = [None, None]
         self._encoded: dict[str, EncodedUnit] = {}
-        self._staging: torch.Tensor | None = None  # uint8 on the device
+        self._staging: list[_Staging | None] = [None, None]
+        self._last = 1  # which of them was used last
 
     def load(self, unit: Unit, sample: bool = True) -> Flight:
         """Take device memory and enqueue the copy.
@@ -75,8 +97,7 @@ class Transport:
         """
         lanes = self.lanes
         compute = lanes.compute()
-        if isinstance(unit, EncodedUnit):
-            self._ready_to_travel(unit, sample)
+        staging = self._ready_to_travel(unit, sample) if isinstance(unit, EncodedUnit) else None
         if sample:
             unit.sample()  # before the copy: a write during it is then seen as a change
         if not isinstance(unit, SlabUnit):
@@ -95,14 +116,17 @@ class Transport:
         try:
             # No graph comes of it: neither side requires gradients, and twins have version counters of their own.
             with lanes.copy:
-                if isinstance(unit, EncodedUnit):
-                    flight.arrived = self._through_staging(unit)
-                else:
-                    self._copy(unit, unit.bytes)
-            lanes.note("write", lanes.copy, unit.key)
+                self._copy(unit, unit.bytes if staging is None else staging.bytes[: unit.payload_nbytes])
+            writer = lanes.copy
+            if staging is not None:
+                assert isinstance(unit, EncodedUnit)
+                writer, flight.arrived = lanes.cast, self._cast(unit, staging)
+            lanes.note("write", writer, unit.key)
             if unit.addresses is not None:
-                lanes.note("write", lanes.copy, mapping_of(unit.key))
-            unit.copied = flight.ready = lanes.record(lanes.copy)
+                lanes.note("write", writer, mapping_of(unit.key))
+            unit.copied = flight.ready = lanes.record(writer)
+            if staging is not None:
+                staging.left = flight.ready
         except BaseException as error:
             lanes.synchronize()  # the copy may be under way
             del self.flights[unit.key]
@@ -137,35 +161,77 @@ class Transport:
         units = self._encoded.values()
         workspace = max((workspace_nbytes(u.table) for u in units if u.table is not None), default=0)
         workspace += max((u.workspace_nbytes for u in units), default=0)  # the caller's stream packs while the other casts
-        return self._staging_nbytes + workspace + sum(u.overhead_nbytes for u in units)
+        return sum(self._staging_nbytes) + workspace + sum(u.overhead_nbytes for u in units)
 
     @property
     def overhead_held_nbytes(self) -> int:
         """Those that are allocated now."""
-        staging = 0 if self._staging is None else self._staging.numel()
+        staging = sum(s.bytes.numel() for s in self._staging if s is not None)
         return staging + sum(u.overhead_nbytes for u in self._encoded.values())
 
     @property
-    def _staging_nbytes(self) -> int:
-        return device_nbytes(max((u.payload_nbytes for u in self._encoded.values()), default=0))
+    def _staging_nbytes(self) -> tuple[int, int]:
+        units = self._encoded.values()
+        first = max((u.payload_nbytes for u in units), default=0)
+        # Those of one call are a few that come once, beside a decoder's activations: not worth the memory.
+        _, second = staging_nbytes(u.payload_nbytes for u in units if not u.transient)
+        return device_nbytes(first), device_nbytes(second)
 
     def release_staging(self) -> None:
-        """Give the staging buffer back; the next encoded unit takes it again."""
-        if self._staging is not None:
-            self.lanes.note("free", self.lanes.copy, _STAGING)
-            self._staging = None
+        """Give the staging buffers back; the next encoded units take them again."""
+        self._give_back(0)
+        self._give_back(1)
+
+    def _give_back(self, number: int) -> None:
+        staging = self._staging[number]
+        if staging is not None:
+            self.lanes.note("free", self.lanes.cast, staging.name)
+            self._staging[number] = None
 
     def _fit_staging(self) -> None:
-        """Hold no larger one than is counted: what its size came from is gone, or has become smaller."""
-        if self._staging is not None and self._staging.numel() > self._staging_nbytes:
-            self.release_staging()
+        """Hold no larger ones than are counted: what their size came from is gone, or has become smaller."""
+        for number, nbytes in enumerate(self._staging_nbytes):
+            staging = self._staging[number]
+            if staging is not None and staging.bytes.numel() > nbytes:
+                self._give_back(number)
+
+    def _next_staging(self, payload_nbytes: int) -> _Staging:
+        """A buffer for so many bytes: not the one that was used last, where there is room for two.
+
+        Raises:
+            torch.OutOfMemoryError: there is none for one.
+        """
+        sizes = self._staging_nbytes
+        number = 1 - self._last if payload_nbytes <= sizes[1 - self._last] else self._last
+        try:
+            staging = self._staging_of(number, sizes[number], payload_nbytes)
+        except OUT_OF_MEMORY:
+            number = 1 - number
+            if payload_nbytes > sizes[number]:
+                raise
+            staging = self._staging_of(number, sizes[number], payload_nbytes)
+        self._last = number
+        return staging
+
+    def _staging_of(self, number: int, nbytes: int, least_nbytes: int) -> _Staging:
+        """Buffer `number`, made with `nbytes` where there is none of `least_nbytes`."""
+        staging = self._staging[number]
+        if staging is None or staging.bytes.numel() < least_nbytes:
+            self._give_back(number)
+            lanes = self.lanes
+            with torch.inference_mode(False), lanes.cast:
+                memory = torch.empty(nbytes, dtype=torch.uint8, device=lanes.device)
+            staging = self._staging[number] = _Staging(f"staging/{number}", memory, lanes.record(lanes.cast))
+            lanes.note("alloc", lanes.cast, staging.name)  # behind: an interrupt in between leaves no name that is taken
+            staging.left = lanes.record(lanes.cast)
+        return staging
 
     def _lay_table(self, unit: EncodedUnit) -> None:
-        with torch.inference_mode(False), self.lanes.copy:
+        with torch.inference_mode(False), self.lanes.cast:
             prepare(unit.lay_table(self.lanes.device))
 
-    def _ready_to_travel(self, unit: EncodedUnit, look: bool) -> None:
-        """It is encoded as its masters are now, and there is a buffer to arrive in."""
+    def _ready_to_travel(self, unit: EncodedUnit, look: bool) -> _Staging:
+        """It is encoded as its masters are now, and there is a buffer to arrive in: that one, which may be written to."""
         if unit.outdated(look):
             if unit.copied is not None:
                 self.lanes.host_wait(unit.copied, RETIRE_AFTER_COPY)
@@ -177,23 +243,20 @@ class Transport:
             self._fit_staging()
         if unit.table is None:
             self._lay_table(unit)
-        if self._staging is None or self._staging.numel() < unit.payload_nbytes:
-            self.release_staging()
-            with torch.inference_mode(False), self.lanes.copy:
-                self._staging = torch.empty(self._staging_nbytes, dtype=torch.uint8, device=self.lanes.device)
-            self.lanes.note("alloc", self.lanes.copy, _STAGING)
+        staging = self._next_staging(unit.payload_nbytes)
+        self.lanes.wait(self.lanes.copy, staging.left, STAGE_AFTER_CAST)
+        return staging
 
-    def _through_staging(self, unit: EncodedUnit) -> torch.Event:
-        """On the current stream, which is the copy stream. Returns an event behind the copy."""
-        assert self._staging is not None and unit.table is not None and unit.bytes is not None
+    def _cast(self, unit: EncodedUnit, staging: _Staging) -> torch.Event:
+        """Turn what is on its way into `staging` into the unit. Returns an event behind the copy."""
+        assert unit.table is not None and unit.bytes is not None
         lanes = self.lanes
-        staged = self._staging[: unit.payload_nbytes]
-        self._copy(unit, staged)
-        lanes.note("write", lanes.copy, _STAGING)
+        lanes.note("write", lanes.copy, staging.name)
         arrived = lanes.record(lanes.copy)
-        with torch.inference_mode(False), torch.no_grad():
-            cast_unit(unit.table, staged, unit.bytes)
-            lanes.note("read", lanes.copy, _STAGING)
+        lanes.wait(lanes.cast, arrived, CAST_AFTER_COPY)
+        with torch.inference_mode(False), torch.no_grad(), lanes.cast:
+            cast_unit(unit.table, staging.bytes[: unit.payload_nbytes], unit.bytes)
+            lanes.note("read", lanes.cast, staging.name)
             if not unit.remembered:
                 unit.remember()
         return arrived
@@ -299,6 +362,13 @@ class Transport:
             self._encoded.pop(unit.key, None)
             self._fit_staging()
         unit.retire()
+
+
+def staging_nbytes(payloads: Iterable[int]) -> tuple[int, int]:
+    """Sizes of the buffers that units of so many travelling bytes arrive in: one is for the largest, the other for the rest of
+    them up to `_SECOND`; 0 where there is nothing for it."""
+    first, *others = sorted(payloads, reverse=True) or (0,)
+    return first, next((nbytes for nbytes in others if nbytes <= _SECOND), 0)
 
 
 def _on_host(unit: Unit) -> str:

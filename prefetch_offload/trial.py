@@ -35,12 +35,14 @@ class Trials:
         self.components = {name: c.units for name, c in workload.components.items()}
         self.nbytes: dict[str, int] = {}
         self.owner: dict[str, str] = {}
-        self.travel: dict[str, tuple[float, int]] = {}  # what a load takes, and puts on the link
+        # What a load takes until the next one, and then until it can be read; and its bytes on the link.
+        self.travel: dict[str, tuple[float, float, int]] = {}
         for name, c in workload.components.items():
             for unit in c.units:
                 self.nbytes[unit] = c.nbytes[unit]
                 self.owner[unit] = name
-                self.travel[unit] = c.load_ms(unit, link), c.link_nbytes(unit)
+                pace = c.next_ms(unit, link)
+                self.travel[unit] = pace, c.load_ms(unit, link) - pace, c.link_nbytes(unit)
         self.prefetchable = frozenset(self.nbytes)
         self.totals = {name: c.total_nbytes for name, c in workload.components.items()}
         self.reads = {name: [(u, c.compute_ms.get(u, 0.0)) for u in c.units] for name, c in workload.components.items()}
@@ -110,8 +112,9 @@ class _Trial:
             self.held_nbytes -= nbytes[unit]
         link = self.link
         for unit in loads:
-            took, copied = self.of.travel[unit]
-            link = ready[unit] = (link if link > self.now else self.now) + took
+            pace, behind, copied = self.of.travel[unit]
+            link = (link if link > self.now else self.now) + pace
+            ready[unit] = link + behind
             self.arrived[unit] = False
             self.held_nbytes += nbytes[unit]
             self.h2d_nbytes += copied

@@ -21,7 +21,7 @@ from .loading import SlabUnit
 from .masters import Master, span_nbytes, version_of
 from .units import align
 
-# What one of them brings over the link. They share a staging buffer, which stays allocated while the component runs.
+# What one of them brings over the link. They share staging buffers, which stay allocated while the component runs.
 _PAYLOAD = 32 * MIB
 # Where what travels of a tensor begins and ends in what its donor has on the host, and how it was encoded, if it was.
 _Travelling = tuple[int, int, Descriptor | None]
@@ -45,6 +45,8 @@ class UpcastUnit(EncodedUnit):
     Attributes:
         donor: that unit, which is suspended meanwhile.
     """
+
+    transient = True
 
     def __init__(
         self, key: str, donor: SlabUnit, masters: list[Master], travelling: Mapping[int, _Travelling], pins: Pins

@@ -36,9 +36,9 @@ def spots(lines: list[Line]) -> list[int]:
 
 @cache
 def _stream_blocks(path: str) -> frozenset[int]:
-    """Lines of the with statements that make the copy stream current."""
+    """Lines of the with statements that make one of the engine's streams current."""
     blocks = (node for node in ast.walk(ast.parse(Path(path).read_text())) if isinstance(node, ast.With))
-    return frozenset(block.lineno for block in blocks if ast.unparse(block.items[-1]).endswith("lanes.copy"))
+    return frozenset(block.lineno for block in blocks if ast.unparse(block.items[-1]).endswith(("lanes.copy", "lanes.cast")))
 
 
 # What a with statement's line begins with when its block has ended, after a value to return or without one. Where the

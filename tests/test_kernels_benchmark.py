@@ -15,7 +15,7 @@ import torch
 from prefetch_offload_kernels import codes
 from typer import Exit
 
-from benchmarks import kernel_cases, kernels
+from benchmarks import kernel_cases, kernels, packing
 from benchmarks.kernel_cases import CASES, MB, ROW, SHORT_ROW, build_unit
 
 
@@ -184,3 +184,27 @@ def test_a_result_that_differs_fails(tmp_path: Path, monkeypatch: pytest.MonkeyP
     gpu = Gpu(monkeypatch)
     monkeypatch.setattr(kernel_cases, "cast_unit", lambda table, staging, target: target.zero_())
     assert gpu.run(tmp_path, size=[1]) == 1
+
+
+def test_packing_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bits of what packs, and all bytes; what comes back different is an error."""
+    normal = torch.randn(100_000, generator=torch.Generator().manual_seed(0)) * 0.02
+    alone = packing.measure([normal])
+    assert 12.0 < alone.bits < 12.1 and 0 < alone.apart < 0.001 and alone.raw == 0
+    assert alone.whole == pytest.approx(alone.bits / 16)
+    beside = packing.measure([normal, normal[:900], (torch.arange(100_000) % 256 << 7).to(torch.int16).view(torch.bfloat16)])
+    assert (beside.tensors, beside.raw, beside.bits) == (3, 2, alone.bits)
+    assert beside.whole == pytest.approx((alone.whole * 100_000 + 900 + 100_000) / 200_900)
+    assert packing.measure([]).bits == 16.0
+    monkeypatch.setattr(packing, "unpack", lambda packed: torch.zeros(100_000, dtype=torch.bfloat16))
+    with pytest.raises(RuntimeError, match="did not come back bit for bit"):
+        packing.measure([normal])
+
+
+def test_the_committed_packing_is_what_the_format_gives() -> None:
+    """Of the made-up weights whose sizes follow from the format; small ones say what large ones do."""
+    committed = (Path(__file__).parents[1] / "benchmarks" / "results" / "packing.md").read_text()
+    rows = {name: packing.measure([weight[: 1 << 18]]) for name, weight in packing.made_up().items() if name != "normal, 0.02"}
+    for name in ("constant", "NaN", "a sixteenth exponent in every block", "all exponents alike"):
+        told = next(line for line in committed.splitlines() if line.startswith(f"| {name} |"))
+        assert float(told.split("|")[4]) == pytest.approx(rows[name].bits, abs=0.003)

@@ -16,18 +16,19 @@ from prefetch_offload import host
 from prefetch_offload.device import Lanes
 
 
-def test_what_unpacks_a_unit_goes_before_the_kernel_that_is_running(sim: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With equal priority it waits for all blocks of that one, and the copy behind it with it."""
-    made: list[dict[str, Any]] = []
+def test_what_casts_a_unit_goes_before_the_kernel_that_is_running(sim: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With equal priority it waits for all blocks of that one, and the copy after the next with it."""
+    made: dict[torch.Stream, dict[str, Any]] = {}
     stream = torch.Stream
 
     def recorded(**how: Any) -> torch.Stream:
-        made.append(how)
-        return stream(**how)
+        one = stream(**how)
+        made[one] = how
+        return one
 
     monkeypatch.setattr(torch, "Stream", recorded)
     lanes = Lanes(torch.device(DEVICE, 0))
-    assert made == [{"device": lanes.device, "priority": -1}]
+    assert made == {lanes.copy: {"device": lanes.device}, lanes.cast: {"device": lanes.device, "priority": -1}}
 
 
 def test_the_allocators_figures_are_asked_for_once_and_unsorted(sim: Any, monkeypatch: pytest.MonkeyPatch) -> None:

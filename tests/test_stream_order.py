@@ -74,6 +74,7 @@ def changed_on_another_stream(pipe: Any, offload: Any) -> None:
     offload.release()
 
 
+ENCODED = {"transport": "fp8", "unit_min": 16 << 10, "unit_max": 64 << 10}
 # reason -> (what makes the engine need it, settings)
 SCENARIOS: dict[str, tuple[Callable[[Any, Any], None], dict[str, Any]]] = {
     "COPY_AFTER_ALLOCATION": (plain_call, {}),
@@ -83,6 +84,8 @@ SCENARIOS: dict[str, tuple[Callable[[Any, Any], None], dict[str, Any]]] = {
     "STAGE_AFTER_COPY": (plain_call, {"pin": False, "staging": 16 << 10}),
     "RETIRE_AFTER_COPY": (retired_in_flight, {}),
     "WRITE_BACK_AFTER_USE": (changed_on_another_stream, {"prefetch": False}),
+    "CAST_AFTER_COPY": (plain_call, ENCODED),
+    "STAGE_AFTER_CAST": (plain_call, ENCODED),
 }
 
 

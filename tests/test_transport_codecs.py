@@ -23,7 +23,7 @@ from prefetch_offload.codecs import codec_for
 from prefetch_offload.encoded import EncodedUnit
 from prefetch_offload.encoding import Piece
 from prefetch_offload.recorder import Recorder
-from prefetch_offload.simulator import ComponentLoad, Link, Workload
+from prefetch_offload.simulator import ComponentLoad, Link, Workload, simulate
 from prefetch_offload.strategy import plan_call
 from prefetch_offload.testing.pipelines import scaled
 from prefetch_offload.units import align
@@ -446,7 +446,8 @@ def test_auto_decides_unit_by_unit(sim: Any, enable: Any, monkeypatch: pytest.Mo
 
 
 def test_the_planner_counts_what_is_on_the_link() -> None:
-    """Half the bytes over a link are as all of them over one that is twice as fast; unpacking comes on top of each copy."""
+    """Half the bytes over a link are as all of them over one that is twice as fast. Unpacking comes behind the last copy, and
+    sets the pace where it takes longer than copying."""
     units = tuple(f"u{i}" for i in range(6))
     nbytes, compute = dict.fromkeys(units, 10_000_000), dict.fromkeys(units, 0.1)
     whole = ComponentLoad(units, nbytes, compute, 1_000_000)
@@ -460,8 +461,14 @@ def test_the_planner_counts_what_is_on_the_link() -> None:
 
     assert call(half, slow)[:2] == pytest.approx(call(whole, fast)[:2])
     assert 2 * call(half, slow)[2] == call(whole, fast)[2]
-    unpacked = dataclasses.replace(half, unpack_ms=dict.fromkeys(units, 0.5))  # as long as the copy
-    assert call(unpacked, slow)[:2] == pytest.approx(call(whole, slow)[:2])
+    came: list[float] = []
+    for unpack_ms in (0.0, 0.4, 1.0):  # a copy takes 0.51
+        unpacked = dataclasses.replace(half, unpack_ms=dict.fromkeys(units, unpack_ms))
+        ms, bound, _ = call(unpacked, slow)
+        assert call(half, slow)[1] <= bound <= ms
+        came.append(simulate(Workload({"a": unpacked}, (("a", 1),)), {}, 1 << 30, slow).first_ms)
+    assert came[1] - came[0] == pytest.approx(0.4), "behind the last copy"
+    assert came[2] - came[0] == pytest.approx(1.0 + 5 * (1.0 - 0.51)), "each is behind the one before"
     mixed = dataclasses.replace(whole, copy_nbytes=dict.fromkeys(units[::2], 5000000))
     ms, bound, _ = call(mixed, slow)
     assert call(half, slow)[1] <= bound <= ms <= call(whole, slow)[0]
