@@ -31,7 +31,7 @@ OUT_OF_TIME = "out of time"
 UNFINISHED = 3  # the exit code of a part that goes on when it is called again
 SIMULATED_GBPS = 0.1  # a small model's weights, back and forth, take about as long as a few of its steps
 MARGIN_S = 30  # of a part's time: to start Python, and to end
-GRACE_S = 10  # of a part's time: what is interrupted says what it has found so far, such as the tests that failed
+GRACE_S = 8  # of a part's time: what is interrupted says what it has found so far, such as the tests that failed
 
 TELLING = ("resident", "stock", "ours:stock")
 PEERS = (
@@ -126,9 +126,7 @@ def parts(device: str, model: str | None = None) -> list[Part]:
     middle = budgets[2]
     ours = tuple(f"ours:{b}" for b in budgets)
 
-    plots = Part(
-        "plots", 40 if small else 25, ("-m", "benchmarks", "plot", "DIR/offload/offload.csv"), least=20, again=True
-    )
+    plots = Part("plots", 40, ("-m", "benchmarks", "plot", "DIR/offload/offload.csv"), least=20, again=True)
     if model is not None:
         return [
             offload(device, "model", 400, model, (*TELLING, "ours"), usual, calls=2, keep=True),
