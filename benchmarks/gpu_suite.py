@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -30,11 +31,12 @@ OUT_OF_TIME = "out of time"
 UNFINISHED = 3  # the exit code of a part that goes on when it is called again
 SIMULATED_GBPS = 0.1  # a small model's weights, back and forth, take about as long as a few of its steps
 MARGIN_S = 30  # of a part's time: to start Python, and to end
+GRACE_S = 8  # of a part's time: what is interrupted says what it has found so far, such as the tests that failed
 
 TELLING = ("resident", "stock", "ours:stock")
 PEERS = (
-    "group leaf stream",
     "cache-dit kept",
+    "group leaf stream",
     "flextensor",
     "diffusers-mm",
     "group block stream",
@@ -85,14 +87,21 @@ def offload(
     compiled: str = "none",
     more: bool = False,
     dtype: str | None = None,
+    keep: bool = False,
+    enough: int | None = None,
 ) -> Part:
-    """Modes of a model. At small size: two calls of one round, and the time of a busy machine."""
+    """Modes of a model. At small size: two calls of one round, and the time of a busy machine.
+
+    Steps are given with the fewest first: the calls before the timed ones are then the short ones.
+    """
     small = device == "simgpu"
     calls, rounds, seconds = (2, 1, 300) if small else (calls, rounds, seconds)
     command = ["-m", "benchmarks.offload", "--out", "DIR/offload", "--device", device, "--model", model]
     command += ["--compile", compiled, "--rounds", str(rounds), "--calls", str(calls), "--seconds", "SECONDS"]
     command += ["--simulated-link", str(SIMULATED_GBPS)] if small else []
     command += ["--dtype", dtype] if dtype is not None else []
+    command += ["--keep"] if keep else []
+    command += ["--enough", str(enough)] if enough is not None else []
     command += [word for n in steps for word in ("--steps", str(n))]
     command += [word for mode in modes for word in ("--mode", mode)]
     least = min(seconds, 45 if small else 110 if "flux" in model else 70)
@@ -105,55 +114,56 @@ def peers(device: str, budget: str, names: tuple[str, ...] = PEERS) -> tuple[str
 
 
 def parts(device: str, model: str | None = None) -> list[Part]:
-    """In order of what they tell. Bounds are by what an H200 is expected to need."""
+    """In order of what they tell. Bounds are by what an H200 is expected to need. The first run has the tests, SDXL at stock's
+    memory, and Flux in every budget; who has time for a second one of four minutes gets the start of what follows."""
     small = device == "simgpu"
     suffix = "-small" if small else ""
     sdxl, flux = f"sdxl{suffix}", f"flux{suffix}"
     few = (2,) if small else (4,)
-    usual, long = (few, few) if small else ((30, 4), (28, 4))
-    most = usual[:1]
+    usual, long = (few, few) if small else ((4, 30), (4, 28))
+    most = usual[-1:]
     budgets = ("16MiB", "24MiB", "32MiB", "48MiB") if small else ("8GiB", "12GiB", "16GiB", "24GiB")
     middle = budgets[2]
     ours = tuple(f"ours:{b}" for b in budgets)
 
-    # Without a GPU there is nothing to see but that they are found and skipped.
-    kernels = () if small else ("tests/test_kernels_cast.py", "tests/test_kernels_unpack.py")
-    plots = Part(
-        "plots", 40 if small else 25, ("-m", "benchmarks", "plot", "DIR/offload/offload.csv"), least=20, again=True
-    )
+    plots = Part("plots", 40, ("-m", "benchmarks", "plot", "DIR/offload/offload.csv"), least=20, again=True)
     if model is not None:
         return [
-            offload(device, "model", 400, model, (*TELLING, "ours"), usual, calls=2),
+            offload(device, "model", 400, model, (*TELLING, "ours"), usual, calls=2, keep=True),
             offload(device, "model-compiled", 400, model, TELLING, usual, compiled="regional"),
-            offload(device, "model-peers", 500, model, (*TELLING, *peers(device, "stock")), most),
+            offload(device, "model-peers", 500, model, (*TELLING, *peers(device, "stock")), usual),
             plots,
         ]
+    # Stock comes last: its calls of Flux are the longest by far, and the goals are about resident.
+    all_flux = ("resident", ours[2], ours[0], "ours", ours[1], ours[3], "stock")
     found = [
-        offload(device, "sdxl", 250, sdxl, (*TELLING, "ours"), usual, calls=2, rounds=2),
-        Part("tests", 150 if small else 80, (*TESTS, "tests/test_cuda.py", *kernels)),
-        offload(device, "flux", 280, flux, ("resident", "stock", "ours", f"ours:{middle}"), long, calls=2),
-        offload(device, "flux-budgets", 170, flux, ("resident", ours[0], ours[3], ours[1]), long[:1]),
+        offload(device, "sdxl", 170, sdxl, (*TELLING, "ours"), usual, calls=3, keep=True),
+        Part("tests", 150 if small else 80, (*TESTS, "tests/test_cuda.py")),
+        offload(device, "flux", 330, flux, all_flux, long, calls=2, keep=True, enough=12),
         offload(device, "sdxl-compiled", 130, sdxl, TELLING, usual, compiled="regional"),
-        offload(device, "sdxl-peers", 150, sdxl, (*TELLING, *peers(device, "stock")), most),
-        offload(device, "flux-peers", 200, flux, ("resident", f"ours:{middle}", *peers(device, middle, PEERS[:4])), long[:1]),
+        offload(device, "sdxl-peers", 150, sdxl, (*TELLING, *peers(device, "stock")), usual),
+        offload(device, "flux-peers", 270, flux, ("resident", ours[2], *peers(device, middle, PEERS[:4])), long),
         offload(device, "sdxl-whole", 130, sdxl, ("resident", "ours:stock"), most, compiled="whole"),
-        offload(device, "sdxl-steps", 80, sdxl, TELLING, (1, 4) if small else (1, 8, 50)),
+        offload(device, "sdxl-steps", 80, sdxl, TELLING, (1, 4) if small else (1, 8, 50), keep=True),
         # bfloat16 is what `packed` is for; it is what Flux has at full size. At small size it halves the weights: less room.
         offload(
             device,
             "flux-transport",
-            100,
+            150,
             flux,
             ("resident", *(f"ours:{budgets[0] if small else middle}{t}" for t in ("", ":packed", ":fp8"))),
             few,
             dtype="bfloat16",
+            keep=True,
         ),
+        Part("tests-kernels", 60, (*TESTS, "tests/test_kernels_cast.py", "tests/test_kernels_unpack.py")),
         Part("kernels", 60, (*KERNELS, "--size", "1024"), least=45),
         Part("sanitizer", 40, (*TESTS, "tests/test_cuda.py", "-k", "sanitizer"), (("TORCH_CUDA_SANITIZER", "1"),)),
         *further(device),
         plots,
     ]
-    return [p for p in found if not small or p.name not in ("kernels", "sanitizer")]
+    # Without a GPU there is nothing to see of tests but that they are found and skipped: once is enough.
+    return [p for p in found if not small or p.name not in ("tests-kernels", "kernels", "sanitizer")]
 
 
 def further(device: str) -> list[Part]:
@@ -166,30 +176,29 @@ def further(device: str) -> list[Part]:
 
     def flux_peers(budget: str) -> Part:
         modes = ("resident", f"ours:{budget}", *peers(device, budget, PEERS[:4]))
-        return part(f"flux-peers-{budget}", "flux", modes, (28,))
+        return part(f"flux-peers-{budget}", "flux", modes, (4, 28))
 
     stock_peers = (*TELLING, *peers(device, "stock"))
     found = [
         Part("tests-far", 120, (*TESTS, "tests/test_kernels_far.py"), more=True),
         Part("kernels-sizes", 120, KERNELS, least=45, more=True),
         # Decoding 1024 x 1024 in float32 takes 3 GiB of activations by estimate, twice what figures.py has for 16 bits.
-        part("sdxl-budgets", "sdxl", ("resident", "ours:5GiB", "ours:6GiB", "ours:8GiB"), (30, 4)),
+        part("sdxl-budgets", "sdxl", ("resident", "ours:5GiB", "ours:6GiB", "ours:8GiB"), (4, 30), keep=True),
+        # Another round for rows that have one: the turns that tell drift from a difference.
+        part("sdxl-again", "sdxl", (*TELLING, "ours"), (4, 30), calls=3, rounds=2, keep=True),
         flux_peers("12GiB"),
         flux_peers("8GiB"),
         flux_peers("24GiB"),
-        part("flux-few", "flux", ("resident", "ours:8GiB", "ours:24GiB", "ours:12GiB"), (4,)),
-        part("sd3", "sd3", (*TELLING, "ours"), (28, 4), calls=2),
-        part("sdxl-peers-few", "sdxl", stock_peers, (4,)),
+        part("sd3", "sd3", (*TELLING, "ours"), (4, 28), calls=2, keep=True),
         part("sdxl-slow-peers", "sdxl", (*TELLING, *peers(device, "stock", SLOW_PEERS)), (4,)),
         # float16, which `packed` leaves as it is
-        part("sdxl-transport", "sdxl", (*TELLING, "ours:stock:fp8"), (30, 4)),
+        part("sdxl-transport", "sdxl", (*TELLING, "ours:stock:fp8"), (4, 30), keep=True),
         part("sdxl-compiled-steps", "sdxl", TELLING, (1, 8, 50), compiled="regional"),
         part("sdxl-whole-steps", "sdxl", ("resident", "stock", "ours:stock"), (4, 30, 1, 8, 50), compiled="whole"),
         part("sdxl-compiled-peers", "sdxl", stock_peers, (30,), compiled="regional"),
         part("flux-compiled", "flux", ("resident", "stock", "ours", "ours:16GiB"), (28,), compiled="regional"),
-        # Another round for rows that have one: the turns that tell drift from a difference.
-        part("flux-again", "flux", ("resident", "stock", "ours", "ours:16GiB"), (28, 4), calls=2, rounds=2),
-        part("sdxl-peers-again", "sdxl", stock_peers, (30,), rounds=2),
+        part("flux-again", "flux", ("resident", "ours:16GiB", "ours", "stock"), (4, 28), calls=2, rounds=2, keep=True),
+        part("sdxl-peers-again", "sdxl", stock_peers, (4, 30), rounds=2),
     ]
     return [p for p in found if not small or p.name in ("sd3", "sdxl-slow-peers", "sdxl-transport")]
 
@@ -211,18 +220,20 @@ def run(part: Part, out: Path, limit_s: float) -> dict[str, object]:
         environment["HF_HUB_OFFLINE"] = "1"
     began = time.monotonic()
     with (folder / "output.txt").open("a") as output:
+        process = subprocess.Popen([sys.executable, *words], stdout=output, stderr=subprocess.STDOUT, env=environment)
+        grace_s = min(GRACE_S, limit_s / 2)
         try:
-            done = subprocess.run(
-                [sys.executable, *words],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                timeout=limit_s,
-                env=environment,
-                check=False,
-            )
-            ended: object = done.returncode
+            ended: object = process.wait(limit_s - grace_s)
         except subprocess.TimeoutExpired:
             ended = OUT_OF_TIME
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(grace_s)
+            except subprocess.TimeoutExpired:
+                pass
+        finally:
+            process.kill()
+            process.wait()
     command = shlex.join(["python", *(w.replace(str(out), "DIR") for w in words)])
     return {"command": command, "seconds": round(time.monotonic() - began, 1), "ended": ended}
 

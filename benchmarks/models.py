@@ -23,13 +23,13 @@ VOCABULARY = 49408  # of the stand-in tokenizer, in place of T5's own of 32,128
 def filled(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A module made on the meta device, with host memory of `dtype` and seeded values: matrices small, norms one."""
     module = module.to(dtype).to_empty(device="cpu").eval()
-    generator = torch.Generator("cpu").manual_seed(0)
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+    # One block of noise, over and over: drawing 2.6e9 numbers one by one would take minutes.
+    noise = torch.empty(1 << 20).normal_(0, 0.02, generator=torch.Generator("cpu").manual_seed(0)).to(dtype)
+    for number, (name, tensor) in enumerate([*module.named_parameters(), *module.named_buffers()]):
         if not tensor.is_floating_point():
             tensor.copy_(torch.arange(tensor.shape[-1]).expand(tensor.shape))  # position ids
         elif tensor.dim() > 1:
-            # One block of noise, repeated: filling 2.6e9 numbers one by one would take minutes.
-            block = torch.empty(min(tensor.numel(), 1 << 20)).normal_(0, 0.02, generator=generator).to(dtype)
+            block = noise.roll(101 * number)  # no two tensors alike
             flat = tensor.view(-1)
             for start in range(0, flat.numel(), block.numel()):
                 flat[start : start + block.numel()] = block[: flat.numel() - start]

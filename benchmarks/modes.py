@@ -133,7 +133,8 @@ def parts(mode: str) -> tuple[str, str, str]:
 
 
 def warm_calls(mode: str, steps: int) -> int:
-    """Calls before the timed ones. The second of ours is the first with a plan; where profiling counts there are none."""
+    """Calls of a visit before the first timed one. The second of ours is the first with a plan; where profiling counts there
+    are none."""
     name = parts(mode)[0]
     if name == "flextensor profiling":
         return 0

@@ -3,8 +3,9 @@
     python -m benchmarks.offload --out DIR [--device cuda] [--model sdxl] [--steps 30 --steps 4] [--mode stock --mode ours:8GiB]
 
 Modes take turns in each round, so that drift of clocks and temperature hits all of them alike; every visit builds its pipeline
-anew. Writes offload.csv (a row per mode and step count, see `benchmarks.rows`; a mode that cannot run is a row that says why),
-offload.json (the same, with what the machine of each run was) and a Perfetto trace of each of our modes.
+anew, except for those that `--keep` hands it on to (`benchmarks.shelf`). Writes offload.csv (a row per mode and step count, see
+`benchmarks.rows`; a mode that cannot run is a row that says why), offload.json (the same, with what the machine of each run
+was) and a Perfetto trace of each of our modes.
 
 What offload.csv in DIR has already stays, and only what is missing is run: the rest after a run that was stopped, or other
 modes and step counts. A mode that a run was stopped in comes last. What ours or resident failed at, and rows of another GPU
@@ -15,9 +16,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import hashlib
 import json
+import math
 import platform
 import signal
 import sys
@@ -41,6 +42,7 @@ from prefetch_offload.testing.pipelines import scaled
 
 from . import models, modes, origin, watch
 from .rows import KEY, Row, read, write
+from .shelf import Shelf
 
 # What is compared unless modes are named. Peers that are not installed are rows that say so.
 DEFAULT = ("resident", "stock", "ours:stock", "ours", *(m for m in modes.MODES if m not in ("resident", "stock")))
@@ -75,7 +77,8 @@ def alarm(seconds: float) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Scenario:
-    """A model (built-in, a folder or a hub id), its dtype and image size, what is compiled, and timed calls of a visit."""
+    """A model (built-in, a folder or a hub id), its dtype and image size, what is compiled, and timed calls of a visit, which
+    makes no further one once they have taken `enough_s`."""
 
     model: str
     dtype: str
@@ -84,6 +87,7 @@ class Scenario:
     compile: str
     calls: int
     device: torch.device
+    enough_s: float = math.inf
 
     @property
     def simulated(self) -> bool:
@@ -132,23 +136,24 @@ def call(pipe: DiffusionPipeline, scenario: Scenario, steps: int) -> np.ndarray:
 
 
 def visit(
-    scenario: Scenario, mode: str, rows: list[Row], limit: int | None, out: Path, done: Callable[[Row], None]
+    scenario: Scenario,
+    mode: str,
+    rows: list[Row],
+    limit: int | None,
+    out: Path,
+    done: Callable[[Row], None],
+    shelf: Shelf,
 ) -> None:
-    """One visit to one mode, on a fresh pipeline, with at most `limit` bytes of the device: its figures go into `rows`, one for
-    each step count, and `done` hears of each."""
+    """One visit to one mode, on the pipeline that `shelf` has for it, with at most `limit` bytes of the device: its figures go
+    into `rows`, one for each step count, and `done` hears of each."""
     device = scenario.device
     module: Any = torch.get_device_module(device)
-    gc.collect()
+    shelf.make_room(mode)
     watch.settle(device)
-    ours = mode.split(":")[0] == "ours"
     with modes.limited(device, limit) as taken:
         before, before_reserved = module.memory_allocated(device), module.memory_reserved(device)
-        pipe, offload = build(scenario), None
         try:
-            start = time.perf_counter()
-            settings = {"unit_min": 64 << 10, "unit_max": 512 << 10} if ours and scenario.model in SMALL else {}
-            offload = modes.place(mode, pipe, device, limit, **settings)
-            enable_s = time.perf_counter() - start
+            pipe, offload, enable_s = shelf.take(mode, limit)
             _compile(pipe, scenario)
             compiled = watch.compiles()
 
@@ -161,17 +166,19 @@ def visit(
 
             for number, row in enumerate(rows):
                 first: float | None = None
-                for _ in range(modes.warm_calls(mode, row.steps)):
+                # Other step counts have the same shapes: only what is planned or compiled is new.
+                warm = number == 0 or scenario.compile != "none" or offload is not None
+                for _ in range(modes.warm_calls(mode, row.steps) if number == 0 else int(warm)):
                     seconds, _image = timed(row.steps)
                     first = first or seconds
                 module.reset_peak_memory_stats(device)
                 stats, copied = offload.stats if offload is not None else None, watch.copied_nbytes(device)
                 times = []
                 with watch.Peaks(device) as peaks:
-                    for _ in range(scenario.calls):
+                    while len(times) < scenario.calls and sum(times) < scenario.enough_s:
                         seconds, image = timed(row.steps)
                         times.append(seconds)
-                if number == 0 and row.first_s is None:
+                if number == 0 and row.first_s is None and enable_s is not None:
                     row.first_s = first or times[0]
                 row.enable_s = row.enable_s or enable_s
                 row.took(times)
@@ -179,19 +186,19 @@ def visit(
                     peak_allocated=module.max_memory_allocated(device) - before,
                     peak_reserved=module.max_memory_reserved(device) - before_reserved,
                     driver_nbytes=None if peaks.device_nbytes is None else peaks.device_nbytes - taken,
-                    rss_nbytes=peaks.rss_nbytes,
+                    rss_nbytes=None if shelf.shared else peaks.rss_nbytes,
                     pinned_nbytes=watch.pinned_nbytes(device),
                 )
                 if copied is not None:
                     now = watch.copied_nbytes(device) or copied
                     row.h2d_nbytes, row.d2h_nbytes = (
-                        (b - a) // scenario.calls for a, b in zip(copied, now, strict=True)
+                        (b - a) // len(times) for a, b in zip(copied, now, strict=True)
                     )
                 if scenario.compile != "none" and compiled is not None:
                     later = watch.compiles() or compiled
                     row.graphs, row.recompiles = (b - a for a, b in zip(compiled, later, strict=True))
                 if offload is not None and stats is not None:
-                    _ours(row, stats, offload, scenario.calls)
+                    _ours(row, stats, offload, len(times))
                 image_hash = hashlib.sha256(image.tobytes()).hexdigest()[:16]
                 row.error = "its own images differ" if row.image not in ("", image_hash) else ""
                 row.image = image_hash
@@ -204,8 +211,10 @@ def visit(
                 offload.trace(out / f"trace-{name}.json")
                 with (out / "reports.txt").open("a") as reports:
                     reports.write(f"{scenario.model}, {mode}, {scenario.compile}, {steps}\n{offload.report()}\n")
-        finally:
-            modes.remove(mode, pipe, offload)
+        except BaseException:
+            shelf.clear()
+            raise
+        shelf.put_back()
 
 
 def _compile(pipe: DiffusionPipeline, scenario: Scenario) -> None:
@@ -294,6 +303,10 @@ def main(
     seconds: Annotated[
         float, typer.Option(help="stop after so long; what is missing then is left for the next run")
     ] = 1e9,
+    enough: Annotated[float, typer.Option(help="seconds of timed calls after which a visit makes no more")] = 1e9,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="one pipeline for resident, stock and ours, pinned once for all budgets")
+    ] = False,
     dtype: Annotated[str | None, typer.Option(help="float16, bfloat16, float32; the model's own when left out")] = None,
     height: Annotated[int | None, typer.Option(help="of the image; 1024, or 64 of small models")] = None,
     width: Annotated[int | None, typer.Option()] = None,
@@ -311,6 +324,8 @@ def main(
         if compile not in COMPILE:
             raise ValueError(f"--compile {compile}: {', '.join(COMPILE)}")
         check_dtype(dtype)
+        if keep and compile != "none":
+            raise ValueError("--keep is for --compile none: what is compiled for one mode would stay so for the next.")
         out.mkdir(parents=True, exist_ok=True)
         where = devices.pick(None if device == "simgpu" else device, simulate=device == "simgpu")
         simulator = devices.simulator(where)
@@ -323,7 +338,9 @@ def main(
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from None
     size = 64 if model in SMALL else 1024
-    scenario = Scenario(model, dtype or default_dtype(model), height or size, width or size, compile, calls, where)
+    scenario = Scenario(model, dtype or default_dtype(model), height or size, width or size, compile, calls, where, enough)
+    settings = {"unit_min": 64 << 10, "unit_max": 512 << 10} if model in SMALL else {}
+    shelf = Shelf(lambda: build(scenario), where, keep, **settings)
     about = machine(where, out)
     earlier = out / "offload.json"
     runs = [*(json.loads(earlier.read_text())["runs"] if earlier.is_file() else []), about]
@@ -359,7 +376,7 @@ def main(
                 try:
                     others = [r for r in table.values() if _scene(r)[1:] == _scene(some[0])[1:]]
                     with alarm(left):
-                        visit(scenario, name, some, limit_of(name, others), out, save)
+                        visit(scenario, name, some, limit_of(name, others), out, save, shelf)
                 except Late:
                     late = True
                 except Exception as error:  # a mode that fails is a row that says so
@@ -372,6 +389,7 @@ def main(
                             errors.write(f"{name}\n{traceback.format_exc()}\n")
                         late |= _broken(where)
                 save()
+    shelf.clear()
     save()
     if any(ours_fails(r) for r in mine):
         raise typer.Exit(1)

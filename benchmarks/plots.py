@@ -40,7 +40,7 @@ def draw(paths: list[Path]) -> list[Path]:
     names: set[str] = set()
     for scene, chosen in sorted(by_scene(rows_of(paths)).items()):
         model, compiled, height, width, dtype, gpu = scene
-        simulated = " (simulated)" if any(r.simulated for r in chosen) else ""
+        simulated = " (simulated)" if any(r.simulated for r in chosen) and "simulated" not in gpu else ""
         steps = sorted({r.steps for r in chosen})
         name = f"{model}-{compiled}".replace("/", "-")
         if name in names:  # another size, dtype or GPU of the same
@@ -58,7 +58,8 @@ def draw(paths: list[Path]) -> list[Path]:
                 _memory(axes, some)
                 axes.set_title(f"{about}\n{some[0].steps} steps, median and quartiles", fontsize=10)
             axes.set_ylabel("seconds a call")
-            axes.set_ylim(bottom=0)
+            if kind == "steps":
+                axes.set_ylim(bottom=0)
             axes.grid(alpha=0.25)
             made.append(paths[0].parent / f"{name}-{kind}.png")
             figure.savefig(made[-1], dpi=150)
@@ -100,9 +101,28 @@ def _memory(axes: Any, rows: list[Row]) -> None:
         x, y = row.peak_allocated / size, row.median_s
         spread = [[y - row.q25_s], [row.q75_s - y]]
         axes.errorbar([x], [y], yerr=spread, fmt="o", color=colour_of(row.mode), zorder=3)
-        axes.annotate(row.mode, (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8)
     axes.set_xlim(0, 1.15 * max(r.peak_allocated for r in rows) / size)
+    axes.set_ylim(0, 1.08 * max(r.q75_s for r in rows))
+    _name(axes, [(r.mode, r.peak_allocated / size, r.median_s) for r in rows])
     axes.set_xlabel(f"peak of allocated device memory, {unit}")
+
+
+def _name(axes: Any, points: list[tuple[str, float, float]]) -> None:
+    """Write the name of each point beside it, where no other name or point is: above or below, right or left, or off."""
+    dots = [axes.transData.transform((x, y)) for _, x, y in points]
+    scale = axes.figure.dpi / 72  # pixels of a point of type
+    taken = [(x - 4 * scale, y - 4 * scale, x + 4 * scale, y + 4 * scale) for x, y in dots]
+    for (name, x, y), (left, bottom) in zip(points, dots, strict=True):
+        wide = 5 * len(name)  # points, at size 8
+        places = [(dx, dy) for n in range(6) for dy in (4 + 10 * n, -11 - 10 * n) for dx in (5, -5 - wide)]
+        boxes = {}
+        for dx, dy in places:
+            x0, y0 = left + dx * scale, bottom + dy * scale
+            boxes[dx, dy] = (x0, y0, x0 + wide * scale, y0 + 8 * scale)
+        free = (p for p, (a, b, c, d) in boxes.items() if all(c < e or g < a or d < f or h < b for e, f, g, h in taken))
+        place = next(free, places[0])
+        taken.append(boxes[place])
+        axes.annotate(name, (x, y), textcoords="offset points", xytext=place, fontsize=8)
 
 
 def _steps(axes: Any, rows: list[Row]) -> None:

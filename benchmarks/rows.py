@@ -21,13 +21,15 @@ class Row:
 
     Attributes:
         compile: what was compiled: nothing, the denoiser's repeated blocks, or the denoiser as one graph.
-        first_s: the first call of a fresh pipeline; None at the step counts that came later in the same visit.
+        first_s: the first call of a fresh pipeline; None at the step counts that came later in the same visit, and where ours
+            was enabled already and has another budget.
         q25_s, q75_s: quartiles, by the inclusive method.
         peak_allocated: the allocator's peak during the timed calls, less what was allocated before the mode began.
         peak_reserved: the same of what the allocator took from the driver.
         driver_nbytes: the highest device memory in use by the driver's figure, contexts included, sampled every 20 ms
             during the timed calls; memory taken away to set a budget is not counted.
-        rss_nbytes: the highest resident host memory of the process, sampled alike.
+        rss_nbytes: the highest resident host memory of the process, sampled alike; None where the weights of another visit were
+            kept beside it.
         pinned_nbytes: host memory pinned after the timed calls: by us, or in use in PyTorch's pinned allocator.
         exposed_ms, hidden_ms: copy time that compute waited for, or did not; None where nobody records it.
         h2d_nbytes, d2h_nbytes: weights copied each way; of other modes only the simulator tells.

@@ -269,9 +269,44 @@ def test_a_run_from_end_to_end(ext: Any, folder: Path, tmp_path: Path, monkeypat
     assert visited[2:] == [("resident", (2,))], "a row of another GPU is measured anew"
 
 
+def test_a_pipeline_that_is_kept(ext: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Built once for three modes, enabled once for all budgets; images and peaks are those of pipelines of their own. A peer,
+    or a visit that failed, leaves nothing behind."""
+    built, placed = [], []
+    real_build, real_place = offload.build, modes.place
+    monkeypatch.setattr(offload, "build", lambda scenario: built.append(1) or real_build(scenario))
+    monkeypatch.setattr(modes, "place", lambda mode, *a, **k: placed.append(mode) or real_place(mode, *a, **k))
+    names = ("resident", "ours:stock", "ours:20MiB", "ours", "stock")
+    alone = measure(folder, tmp_path / "alone", *names)[1]
+    assert (len(built), placed) == (5, list(names))
+    built.clear(), placed.clear()
+    code, rows = measure(folder, tmp_path / "kept", *names, "sequential", "resident", keep=True, rounds=2)
+    assert code == 0 and {r.equal for r in rows.values()} == {True} and {r.rounds for r in rows.values()} == {2}
+    one = ["resident", "ours:stock", "stock", "sequential"]
+    assert placed == one * 2 and len(built) == 4, "in each round, one for them and one for sequential offload"
+    for key, row in alone.items():
+        peaks = [(r.peak_allocated or 0, r.peak_reserved or 0) for r in (rows[key], row)]
+        assert peaks[0] == pytest.approx(peaks[1], rel=0.02), key
+        assert (rows[key].d2h_nbytes or 0) <= (row.d2h_nbytes or 0) + (1 << 18)
+        assert (rows[key].rss_nbytes is None) == (row.mode == "resident"), "its weights are kept on the host as well"
+    for name, placed_anew in (("ours:stock", True), ("ours:20MiB", False), ("ours", False)):
+        assert (rows[name, 2].enable_s is not None) == (rows[name, 2].first_s is not None) == placed_anew
+    assert measure(folder, tmp_path / "kept", "ours", keep=True, compile="whole")[0] == 2
+
+    built.clear(), placed.clear()
+    code, rows = measure(folder, tmp_path / "failed", "ours", "ours:1MiB", "stock", keep=True)
+    assert rows["ours:1MiB", 2].error.startswith("BudgetError") and code == 1
+    assert rows["stock", 2].error == "" and len(built) == 2, "a visit that failed keeps nothing"
+
+
+def test_a_visit_has_had_enough(ext: Any, folder: Path, tmp_path: Path) -> None:
+    rows = measure(folder, tmp_path, "resident", calls=5, enough=1e-6)[1]
+    assert {r.calls for r in rows.values()} == {1}
+
+
 def test_rows_are_written_as_they_come(ext: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed within the visit of a mode: its first step count is there, and the rest says that it did not end."""
-    real, left = offload.call, [3]
+    real, left = offload.call, [2]
 
     def call(*arguments: Any) -> Any:
         left[0] -= 1

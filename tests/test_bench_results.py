@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 from benchmarks import tables
 from benchmarks.__main__ import app
 from benchmarks.compare import compare
-from benchmarks.plots import draw, rows_of, timeline_of
+from benchmarks.plots import _memory, draw, rows_of, timeline_of
 from benchmarks.rows import Row, write
 from prefetch_offload.trace import Level, Span, Timeline
 from prefetch_offload.trace import write as write_trace
@@ -111,6 +112,22 @@ def test_pictures(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["plot", str(one), str(two)])
     assert done.exit_code == 0 and len(done.output.splitlines()) == 3
     assert CliRunner().invoke(app, ["table", str(one), str(two)]).output == (one.parent / "tables.md").read_text()
+
+
+def test_names_in_a_picture_do_not_lie_on_each_other() -> None:
+    plt = pytest.importorskip("matplotlib.pyplot")
+    figure, axes = plt.subplots(figsize=(8, 5))
+    points = [("resident", 54.0, 0.35), ("ours", 54.2, 0.34), ("ours:48MiB", 54.0, 0.36), ("stock", 30.0, 1.7)]
+    rows = []
+    for mode, mib, seconds in points:
+        rows.append(Row("flux", mode, "none", 4, False, peak_allocated=int(mib * 2**20)))
+        rows[-1].took([seconds])
+    _memory(axes, rows)
+    figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert [text.get_text() for text in axes.texts] == [mode for mode, _, _ in points]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    plt.close(figure)
 
 
 def test_the_curve_of_memory_is_drawn_for_every_step_count(tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ def test_the_suite_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.
         return gpu_suite.Part(name, 20, ("-c", f"open({str(marks)!r}, 'a').write({name!r} + ' '); {code}", "OUT"))
 
     bad, unfinished = script("bad", "raise SystemExit(1)"), script("unfinished", "raise SystemExit(3)")
-    slow = gpu_suite.Part("slow", 2, ("-c", "import time; print('begun', flush=True); time.sleep(60)"))
+    waits = "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('told', flush=True)\ntime.sleep(60)"
+    slow = gpu_suite.Part("slow", 4, ("-c", f"import time\nprint('begun', flush=True)\n{waits}"))
     good = script("good", "import sys; print(sys.argv[1])")
     plots = gpu_suite.Part("plots", 20, script("plots", "").command, again=True)
     monkeypatch.setattr(gpu_suite, "parts", lambda *_: [bad, plots, slow, unfinished, good])
@@ -38,7 +39,8 @@ def test_the_suite_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.
     order = "bad unfinished good plots unfinished bad plots "
     assert marks.read_text() == order, "what is done is not done again, what failed comes last, and then the pictures"
     assert (tmp_path / "good" / "output.txt").read_text().strip() == str(tmp_path / "good")
-    assert (tmp_path / "slow" / "output.txt").read_text() == "begun\n" * 2, "what it wrote before its time was over"
+    assert (tmp_path / "slow" / "output.txt").read_text() == "begun\ntold\n" * 2, "it is interrupted before it is killed"
+    assert all(s["seconds"] < 12 for s in state.values())
     assert str(tmp_path) not in state["good"]["command"], "a command that can be quoted"
     gpu_suite.main(tmp_path, "cuda", 100, ["good"])
     assert marks.read_text().endswith("good "), "asked for by name"
@@ -121,6 +123,27 @@ def test_three_runs_get_through_all_but_what_is_more_of_the_same(
     assert clock.suite(tmp_path) == 0 and [name for name, _ in clock.ran] == ["plots"]
 
 
+def test_what_ten_minutes_and_four_more_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that a decision needs in the first run: SDXL beside stock and resident, the tests, Flux in every budget at both step
+    counts. What follows begins in the second."""
+    found = gpu_suite.parts("cuda")
+    wanted = {"sdxl": 140, "tests": 80, "flux": 300}
+    clock = Clock(monkeypatch, found, {"sdxl-compiled": 100.0, "sdxl-peers": 120.0, **wanted})
+    assert clock.suite(tmp_path, 580) == gpu_suite.UNFINISHED
+    assert [name for name, _ in clock.ran] == [*wanted, "plots"]
+    state = json.loads((tmp_path / "suite.json").read_text())
+    assert all(state[name]["ended"] == 0 for name in wanted)
+    clock.ran.clear()
+    assert clock.suite(tmp_path, 230) == gpu_suite.UNFINISHED
+    assert [name for name, _ in clock.ran] == ["sdxl-compiled", "sdxl-peers", "plots"]
+
+    flux = next(p.command for p in found if p.name == "flux")
+    given = list(itertools.pairwise(flux))
+    assert [v for w, v in given if w == "--steps"] == ["4", "28"], "the calls before the timed ones are the short ones"
+    budgets = {"ours", *(f"ours:{b}GiB" for b in (8, 12, 16, 24))}
+    assert {v for w, v in given if w == "--mode"} == {"resident", "stock", *budgets} and "--keep" in flux
+
+
 def test_more_of_the_same_takes_what_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -168,9 +191,9 @@ def test_a_model_of_the_hub_may_be_fetched(tmp_path: Path, monkeypatch: pytest.M
 
     def done(words: list[str], env: dict[str, str], **_: Any) -> SimpleNamespace:
         seen.append(env.get("HF_HUB_OFFLINE"))
-        return SimpleNamespace(returncode=0)
+        return SimpleNamespace(wait=lambda timeout=None: 0, kill=lambda: None)
 
-    monkeypatch.setattr(gpu_suite.subprocess, "run", done)
+    monkeypatch.setattr(gpu_suite.subprocess, "Popen", done)
     for model in ("owner/name", "sdxl", str(tmp_path)):
         gpu_suite.run(gpu_suite.offload("cuda", "model", 60, model, ("resident",), (4,)), tmp_path, 60)
     gpu_suite.run(gpu_suite.Part("tests", 60, ("-m", "pytest")), tmp_path, 60)

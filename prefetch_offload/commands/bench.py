@@ -113,7 +113,8 @@ def bench(request: Request, console: Console) -> bool:
                 f"Wrote results.csv to {request.out}. No way could run, so there is no curve.", soft_wrap=True
             )
         else:
-            _draw(request.out / "curve.png", f"{request.model} on the {devices.describe(device)}", results)
+            name = Path(request.model).resolve().name if Path(request.model).is_dir() else request.model
+            _draw(request.out / "curve.png", f"{name} on the {devices.describe(device)}", results)
             console.print(f"Wrote results.csv and curve.png to {request.out}.", soft_wrap=True)
     ours = [r.outcome for r in results if r.outcome is not None and r.label.startswith("prefetch_offload")]
     return reference is None or all(running.same(o, reference) for o in ours)

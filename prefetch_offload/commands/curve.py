@@ -117,11 +117,12 @@ def draw(
     pyplot = picture.require()
     with pyplot.rc_context({"font.size": 10, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": "#999999"}):
         figure, axes = pyplot.subplots(figsize=(9, 5.4), layout="constrained")
+        limit = "physical limit" + (" of each link" if len(lines) > 1 else "")
         for line, colour in zip(lines, _colours(len(lines)), strict=True):
             memory, seconds, limits = zip(*line.points, strict=True)
             axes.plot(memory, seconds, color=colour, marker="o", markersize=4, label=f"prefetch_offload, {line.label}")
             axes.plot(memory, limits, color=colour, linestyle="--", linewidth=1.2)
-        axes.plot([], [], color=INK, linestyle="--", linewidth=1.2, label="physical limit of each link")
+        axes.plot([], [], color=INK, linestyle="--", linewidth=1.2, label=limit)
         for mark, colour in zip(marks, _mark_colours(marks), strict=True):
             face = "white" if mark.published else colour
             axes.plot(

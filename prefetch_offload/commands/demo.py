@@ -125,7 +125,9 @@ def demo(out: Path, device_name: str | None, console: Console) -> bool:
     this = Demo(out / "model", device, size, console)
     nbytes = this.make()
     console.print(
-        f"Made a small SDXL in {this.folder}: {nbytes / MIB:.0f} MiB of weights, {str(size.dtype).split('.')[1]}."
+        f"Made a small SDXL in {this.folder}: {nbytes / MIB:.0f} MiB of random weights, {str(size.dtype).split('.')[1]}. "
+        "What it draws is noise, the same noise each time if all is well.",
+        soft_wrap=True,
     )
 
     try:
