@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .bound import lower_bound_ms
-from .refine import passes_of, refined
+from .refine import FINE_STEPS, passes_of, refined
 from .schedule import MOST_UNITS, scripted
 from .simulator import SIMULATED_PASSES, ComponentLoad, Link, Workload
 from .trial import Trials
@@ -29,6 +29,8 @@ from .window import Share, Window, handed_over, share_of
 THOROUGH_STEPS = 3_000
 STEPS = 900
 SMALL_UNITS = 16  # workloads of so many units in all are searched thoroughly
+TWICE_UNITS = 200  # of so many, chunks are searched a second time, as for LESS of the budget: what was found there fits, too
+LESS = 15 / 16
 FEW_UNITS = 4  # components of so many units try every set that may stay
 CHUNKS = 6  # a larger component is searched as so many chunks
 MOST_CHUNKS = 18  # unless its room is so small that they must be smaller
@@ -46,7 +48,18 @@ def balanced(workload: Workload, budget_nbytes: int, link: Link) -> dict[str, Sh
     n_units = sum(len(c.units) for c in workload.components.values())
     if n_units <= SMALL_UNITS:
         found = _Search(workload, budget_nbytes, link, THOROUGH_STEPS).shares()
-        return scripted(workload, budget_nbytes, link, found) if n_units <= MOST_UNITS else found
+        if n_units <= MOST_UNITS:
+            return scripted(workload, budget_nbytes, link, found)
+        return refined(workload, [found], budget_nbytes, link, THOROUGH_STEPS)
+    budgets, steps = [budget_nbytes], FINE_STEPS
+    if n_units <= TWICE_UNITS:
+        budgets.append(int(budget_nbytes * LESS))
+        steps -= 2 * STEPS
+    return refined(workload, (_rough(workload, b, link) for b in budgets), budget_nbytes, link, steps)
+
+
+def _rough(workload: Workload, budget_nbytes: int, link: Link) -> dict[str, Share]:
+    """Shares found on chunks of units, and carried over to the units."""
     coarse = Workload(
         {name: _chunked(c, budget_nbytes - c.activation_nbytes) for name, c in workload.components.items()}, workload.runs
     )
@@ -60,7 +73,7 @@ def balanced(workload: Workload, budget_nbytes: int, link: Link) -> dict[str, Sh
         if not c.streamable or (rough is None and c.total_nbytes <= cap):
             continue
         shares[name] = _fine(c, coarse.components[name], rough or Share(cap, frozenset()), passes_of(workload, name))
-    return refined(workload, shares, budget_nbytes, link)
+    return shares
 
 
 def _chunked(c: ComponentLoad, cap_nbytes: int) -> ComponentLoad:

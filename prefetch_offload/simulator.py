@@ -373,6 +373,7 @@ class _Device:
                     self.carry_out(residency.handle(Dropped(tuple(drops))), act)
             if residency.state(unit) is not State.READY:
                 self.carry_out(residency.handle(Needed((unit,))), act)
+            assert residency.state(unit) is State.READY and clock.ready[unit] <= clock.compute + 1e-6, unit
             start = clock.compute
             clock.compute += component.compute_ms.get(unit, 0.0)
             clock.spans.append(Span("compute", name, start, clock.compute - start, {"unit": unit}))

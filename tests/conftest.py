@@ -74,6 +74,7 @@ def sim(ext: Any) -> Iterator[Any]:
     settle(ext)
     ext.configure(1 << 50, 0, 0, 0)
     ext.op_delay_us(0)
+    ext.device_clock(False)
     ext.pin_limit(-1)
     ext.fail_allocation(-1)
     ext.reset()
@@ -104,6 +105,7 @@ def bare(ext: Any) -> Iterator[Any]:
     yield ext
     ext.fail_allocation(-1)
     ext.op_delay_us(0)
+    ext.device_clock(False)
     ext.pin_limit(-1)
     ext.configure(configured, 0, 0, 0)
     torch.accelerator.set_stream(stream)

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
 from prefetch_offload.cli import app
-from prefetch_offload.commands import curve, models
+from prefetch_offload.commands import curve, models, picture
 from prefetch_offload.commands import plan as plan_command
 from prefetch_offload.commands.plan import Request, look
 from prefetch_offload.config import GIB
@@ -28,6 +28,7 @@ from prefetch_offload.errors import BudgetError, SettingError
 from prefetch_offload.figures import MODELS
 from prefetch_offload.shapes import Block, Part
 from prefetch_offload.testing.pipelines import CASES
+from prefetch_offload.trace import Span, Timeline
 
 
 def call(*arguments: object) -> Result:
@@ -359,6 +360,32 @@ def test_one_call_begins_with_what_it_waits_for_and_ends_with_its_last_kernel() 
     compute = sum(s.duration_ms for s in shown.spans if s.track == "compute")
     passes = sum(min(n, 3) * plan.workload.components[name].pass_ms for name, n in plan.workload.runs)
     assert compute == pytest.approx(passes)
+
+
+@pytest.mark.parametrize(("model", "gib"), [("sdxl", 4), ("flux", 12), ("wan-2.2", 16)])
+def test_the_memory_that_is_drawn_is_weights_and_activations_within_the_budget(model: str, gib: int) -> None:
+    plan = look(Request(model, (f"{gib}GiB",), ("12",))).plans[0]
+    shown, length_ms = curve.one_call(plan)
+    taken = curve.memory_of(plan, shown, length_ms)
+    assert taken[0][0] == 0 and taken[-1][0] == pytest.approx(length_ms)
+    assert [at for at, _, _ in taken] == sorted(at for at, _, _ in taken)
+    parts = plan.workload.components
+    assert {activations for _, _, activations in taken} == {parts[name].activation_nbytes for name, _ in plan.workload.runs}
+    assert taken[-1][2] == parts["vae"].activation_nbytes
+    most = max(weights + activations for _, weights, activations in taken)
+    assert 0.9 * plan.prediction.peak_nbytes <= most <= plan.budget_nbytes
+
+
+def test_a_thin_bar_has_its_own_colour() -> None:
+    from matplotlib.colors import to_hex
+
+    pyplot = picture.require()
+    figure, axes = pyplot.subplots(figsize=(12, 3))
+    spans = [Span("calls", "call", 0.0, 1000.0), Span("copy", "a", 0.0, 500.0), Span("copy", "a", 600.0, 0.5)]
+    picture._gantt(axes, Timeline(tuple(spans), (), True, "a device"), {"a": "#4477AA"}, "")
+    (copies,) = [c for c in axes.collections if len(c.get_edgecolor()) == 2]
+    assert [to_hex(edge) for edge in copies.get_edgecolor()] == ["#ffffff", "#4477aa"]
+    pyplot.close(figure)
 
 
 # --------------------------------------------------------------------- parts

@@ -111,6 +111,102 @@ def test_time_between_events_of_two_streams(bare: Any) -> None:
         start.elapsed_time(untimed)
 
 
+# --------------------------------------------------------------------------------------------------- the device's own clock
+COPY_S = 4 * N / (SLOW * 1e9)
+
+
+def ahead(bare: Any, op_s: float) -> tuple[Program, Callable[[], float]]:
+    """A program on a link of `SLOW`, and what has passed by the device's clock since it began."""
+    bare.configure(-1, SLOW, SLOW, SLOW)
+    bare.op_delay_us(round(op_s * 1e6))
+    bare.device_clock(True)
+    began = bare.device_seconds()
+    return Program(), lambda: bare.device_seconds() - began
+
+
+def timed_event(stream: torch.Stream) -> torch.Event:
+    event = torch.Event(device="simgpu", enable_timing=True)
+    event.record(stream)
+    return event
+
+
+def test_on_the_devices_clock_nothing_takes_real_time_and_the_host_runs_ahead(bare: Any) -> None:
+    (p, passed), d, x = ahead(bare, 10.0), on_device(), on_device()
+    began = time.perf_counter()
+    p.side_waits()
+    start = timed_event(p.side)
+    p.copy(d)
+    copied = timed_event(p.side)
+    x.fill_(1)
+    ran = timed_event(p.main)
+    x.fill_(1)
+    assert passed() == 0, "the host has waited for nothing"
+    assert not copied.query() and not ran.query() and not p.side.query()
+    copied.synchronize()
+    assert passed() == pytest.approx(COPY_S)
+    assert copied.query() and not ran.query()
+    assert start.elapsed_time(copied) == pytest.approx(1e3 * COPY_S)
+    ran.synchronize()
+    assert start.elapsed_time(ran) == pytest.approx(10e3), "one runs beside the other"
+    bare.drain()
+    assert passed() == pytest.approx(20)
+    assert time.perf_counter() - began < 5
+    assert d.cpu().equal(p.pinned)
+
+
+def test_on_the_devices_clock_streams_wait_for_each_other(bare: Any) -> None:
+    (p, passed), d, x = ahead(bare, 1.0), on_device(), on_device()
+    x.fill_(1)
+    p.side_waits()
+    p.copy(d)
+    second = on_device()
+    p.side_waits()
+    p.copy(second)
+    p.main_waits()
+    x.fill_(1)
+    ran = timed_event(p.main)
+    ran.synchronize()
+    assert passed() == pytest.approx(1 + 2 * COPY_S + 1)
+    assert bare.hazards() == []
+
+
+@pytest.mark.parametrize("wait", ["item", "cpu", "pageable", "stream", "device"])
+def test_on_the_devices_clock_the_host_waits_where_it_does_on_a_device(bare: Any, wait: str) -> None:
+    (p, passed), x = ahead(bare, 1.0), on_device()
+    x.fill_(1)
+    assert passed() == 0
+    if wait == "item":
+        x[0].item()
+    elif wait == "cpu":
+        x.cpu()
+    elif wait == "pageable":
+        x.copy_(torch.zeros(N))
+    elif wait == "stream":
+        p.main.synchronize()
+    else:
+        torch.accelerator.synchronize()
+    copied = COPY_S if wait in ("cpu", "pageable") else 0
+    assert passed() == pytest.approx(1 + copied)
+    x.fill_(1)
+    assert passed() == pytest.approx(1 + copied)
+    after = p.main.record_event()
+    assert not after.query()
+
+
+def test_the_devices_clock_goes_on_where_it_stood(bare: Any) -> None:
+    (p, passed), x = ahead(bare, 1.0), on_device()
+    x.fill_(1)
+    before = p.main.record_event()
+    bare.device_clock(True)
+    assert before.query(), "what was before has happened"
+    x.fill_(1)
+    bare.drain()
+    assert passed() == pytest.approx(2)
+    bare.device_clock(False)
+    bare.op_delay_us(0)
+    assert p.main.record_event().query()
+
+
 def test_a_stream_as_a_context(bare: Any, mod: Any) -> None:
     outer, inner, before = side_stream(), side_stream(), main_stream()
     with outer:

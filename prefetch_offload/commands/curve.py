@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +49,24 @@ def one_call(plan: CallPlan) -> tuple[Timeline, float]:
     end_ms = max(s.end_ms for s in spans)
     shown = picture.window(timeline, start_ms, end_ms)
     return shown, end_ms - start_ms
+
+
+def memory_of(plan: CallPlan, shown: Timeline, length_ms: float) -> list[tuple[float, int, int]]:
+    """(milliseconds, bytes of weights, bytes of activations) from there on, of a call as `one_call` tells it."""
+    computed = [s for s in shown.spans if s.track == "compute"]
+    runs = [0.0]  # where each run begins: what it waits for belongs to it
+    names = [computed[0].name]
+    for before, span in itertools.pairwise(computed):
+        if span.name != before.name:
+            runs.append(before.end_ms)
+            names.append(span.name)
+    starts = [level.start_ms for level in shown.levels]
+    found = []
+    for at in sorted({0.0, *starts, *runs, length_ms}):
+        level = shown.levels[max(0, bisect.bisect_right(starts, at) - 1)].nbytes if starts else 0
+        running = plan.workload.components[names[bisect.bisect_right(runs, at) - 1]]
+        found.append((at, level, running.activation_nbytes))
+    return found
 
 
 def left_out(plan: CallPlan) -> str:
@@ -198,14 +218,19 @@ def draw_call(plan: CallPlan, title: str, path: Path) -> None:
         )
         figure.suptitle(title, fontsize=13, fontweight="bold", x=0.01, ha="left")
         picture._gantt(gantt, shown, colours, where)
-        times = [level.start_ms / 1e3 for level in shown.levels] + [length_ms / 1e3]
-        sizes = [level.nbytes / scale for level in (*shown.levels, *shown.levels[-1:])]
-        memory.fill_between(times, sizes, step="post", color=INK, alpha=0.12, linewidth=0)
-        memory.step(times, sizes, where="post", color=INK, linewidth=1.2)
-        memory.set_ylim(bottom=0)
+        taken = memory_of(plan, shown, length_ms)
+        times = [at / 1e3 for at, _, _ in taken]
+        weights = [nbytes / scale for _, nbytes, _ in taken]
+        total = [(nbytes + activations) / scale for _, nbytes, activations in taken]
+        memory.fill_between(times, total, step="post", color=INK, alpha=0.10, linewidth=0, label="activations")
+        memory.fill_between(times, weights, step="post", color=INK, alpha=0.25, linewidth=0, label="weights")
+        memory.step(times, total, where="post", color=INK, linewidth=1.2)
+        memory.axhline(plan.budget_nbytes / scale, color=INK, linestyle="--", linewidth=1.2, label="budget")
+        memory.set_ylim(0, 1.1 * plan.budget_nbytes / scale)
         memory.set_ylabel(unit)
         memory.set_xlabel(f"s; {left_out(plan)}")
-        memory.set_title("weights on the device, predicted", loc="left", fontsize=10)
+        memory.set_title("on the device, predicted", loc="left", fontsize=10)
+        memory.legend(ncols=3, loc="lower right", bbox_to_anchor=(1, 0.98), frameon=False, fontsize=9)
         picture._plain(memory)
         for axes in (gantt, memory):
             axes.set_xlim(0, length_ms / 1e3)

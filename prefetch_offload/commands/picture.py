@@ -155,7 +155,9 @@ def _gantt(axes: Any, shown: Timeline, colours: Mapping[str, str], subtitle: str
         spans = _of(shown, track)
         bars = [(s.start_ms / 1e3, s.duration_ms / 1e3) for s in spans]
         faces = [colours.get(s.name, OTHER) for s in spans]
-        axes.broken_barh(bars, (row - 0.36, 0.72), facecolors=faces, edgecolor="white", linewidth=0.4)
+        # A white edge tells neighbours apart, and would be all that is seen of a thin one.
+        edges = ["white" if s.duration_ms * points_per_ms > 3 else face for s, face in zip(spans, faces, strict=True)]
+        axes.broken_barh(bars, (row - 0.36, 0.72), facecolors=faces, edgecolors=edges, linewidth=0.4)
         for call in calls:
             inside = window(shown, call.start_ms, call.end_ms)
             for span in joined(_of(inside, track), gap_ms=length_ms / 200):

@@ -1,7 +1,8 @@
 // A simulated accelerator for PyTorch, registered as PrivateUse1. Real: torch.Stream, torch.Event, torch.accelerator,
 // device tensors, pinned memory, out-of-memory errors, generators, torch.compile with the eager and aot_eager
 // backends. Simulated: device memory is host memory; operators run at once on the host thread, by the CPU's kernels;
-// copies on a side stream run later, in order, at a set bandwidth, on a thread of their own. Freed memory is
+// copies on a side stream run later, in order, at a set bandwidth, on a thread of their own; with a clock of its own
+// (DeviceClock) times are as on a device that runs behind its host. Freed memory is
 // poisoned, and a pending copy that touches memory that is gone is a *violation*; an access in an order that only
 // luck made right is a *hazard* (simgpu_order.h). Written for PyTorch 2.13.
 #include <ATen/ATen.h>
@@ -73,6 +74,10 @@ struct Hooks final : at::PrivateUse1HooksInterface {
 };
 static Hooks& hooks() { static auto& h = *new Hooks; return h; }
 
+// The host has waited for a stream, or for all: for the checker, and by the device's own clock.
+static void host_waits_stream(int64_t st) { order.host_waits_stream(st); device_clock.host_waits_stream(st); }
+static void host_waits_all() { order.host_waits_all(); device_clock.host_waits_all(); }
+
 // --------------------------------------------------------------------- guard
 struct Guard final : c10::impl::DeviceGuardImplInterface {
   static constexpr auto T = c10::DeviceType::PrivateUse1;
@@ -90,12 +95,17 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   Stream exchangeStream(Stream s) const override { return stream(std::exchange(current_stream, s.id())); }
   c10::DeviceIndex deviceCount() const noexcept override { return 1; }
   bool queryStream(const Stream& s) const override {
-    if (s.id() && !worker(s.id()).query()) return false;
+    if (device_clock.on()) {
+      if (!device_clock.past(device_clock.record(s.id()))) return false;
+      drain(s.id());
+    } else if (s.id() && !worker(s.id()).query()) {
+      return false;
+    }
     order.host_waits_stream(s.id());
     return true;
   }
-  void synchronizeStream(const Stream& s) const override { drain(s.id()); order.host_waits_stream(s.id()); }
-  void synchronizeDevice(c10::DeviceIndex) const override { drain_all(); order.host_waits_all(); }
+  void synchronizeStream(const Stream& s) const override { drain(s.id()); host_waits_stream(s.id()); }
+  void synchronizeDevice(c10::DeviceIndex) const override { drain_all(); host_waits_all(); }
   void recordDataPtrOnStream(const c10::DataPtr& p, const Stream& s) const override {
     order.recorded(address(p.get()), s.id());
   }
@@ -113,7 +123,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   double elapsedTime(void* a, void* b, c10::DeviceIndex) const override {
     synchronizeEvent(a);
     synchronizeEvent(b);
-    return std::chrono::duration<double, std::milli>(event(b)->time() - event(a)->time()).count();
+    return 1e3 * event(a)->seconds_until(*event(b));
   }
 };
 C10_REGISTER_GUARD_IMPL(PrivateUse1, Guard);
@@ -159,8 +169,10 @@ static void begin_operator() {
               " and nobody cleared it (cudaGetLastError)");
   drain(current_stream);
   order.tick(current_stream);
-  if (current_stream == 0 && S.op_delay_us > 0)
-    std::this_thread::sleep_for(std::chrono::microseconds(S.op_delay_us));
+  if (current_stream != 0) return;
+  auto seconds = 1e-6 * S.op_delay_us;
+  device_clock.add(0, seconds);
+  if (!device_clock.on()) pace(seconds);
 }
 
 // ---------------------------------------------------------------------- copies
@@ -200,8 +212,10 @@ at::Tensor copy_from(const at::Tensor& self, const at::Tensor& dst, bool non_blo
   }
   drain(st);
   if ((h2d || d2h) && !pinned && S.pageable_gbps > 0) rate = S.pageable_gbps;
-  if ((h2d || d2h) && (!non_blocking || (d2h && !pinned))) order.host_waits_stream(st);  // these copies block the host
-  pace(n, rate);
+  auto seconds = copy_seconds(n, rate);
+  device_clock.add(st, seconds);
+  if (!device_clock.on()) pace(seconds);
+  if ((h2d || d2h) && (!non_blocking || (d2h && !pinned))) host_waits_stream(st);  // these copies block the host
   host_view(dst).copy_(host_view(src));
   return dst;
 }
@@ -212,7 +226,7 @@ at::Tensor copy_from_resize(const at::Tensor& self, const at::Tensor& dst) {
 at::Scalar local_scalar(const at::Tensor& s) {
   order.tick(current_stream);
   touch(s, false, "item");
-  order.host_waits_stream(current_stream);
+  host_waits_stream(current_stream);
   drain(current_stream);
   return at::native::_local_scalar_dense_cpu(host_view(s));
 }
@@ -410,13 +424,18 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("reset", &reset,
         "Start the counters anew; settings stay. `peak`, `high_water` and `peak_pinned` restart at what is held now.");
   m.def("hazards", [] { return order.messages(); }, "The first 50 hazards since the last reset(), one sentence each.");
-  m.def("drain", [] { drain_all(); order.host_waits_all(); }, py::call_guard<py::gil_scoped_release>(),
+  m.def("drain", [] { drain_all(); host_waits_all(); }, py::call_guard<py::gil_scoped_release>(),
         "Wait on the host for all streams.");
   m.def("fail_allocation", &DevAlloc::fail, py::arg("index"), py::arg("times") = 1,
         "Refuse device allocation number `index` counted from now (0: the next) and the `times` - 1 after it, with an "
         "OutOfMemoryError; -1 turns it off.");
   m.def("op_delay_us", [](int64_t us) { S.op_delay_us = us; }, py::arg("us"),
         "Make every operator on the default stream take `us` microseconds longer (0: off). A copy is no operator.");
+  m.def("device_clock", [](bool on) { device_clock.run(on); }, py::arg("on"),
+        "Let the device have a clock of its own: operators and copies then take no real time; they advance that "
+        "clock, by which events are timed and queried. The host costs nothing and runs ahead until it waits for the device.");
+  m.def("device_seconds", [] { return device_clock.now(); },
+        "What the device's own clock says, as far as the host has waited for it.");
   m.def("pin_limit", [](int64_t n) { S.pin_limit = n; }, py::arg("nbytes"),
         "Refuse to hold more host memory pinned or registered than this, in bytes; -1: no limit.");
   m.def("host_register", &host_register, py::arg("ptr"), py::arg("nbytes"),

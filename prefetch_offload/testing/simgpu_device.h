@@ -35,8 +35,43 @@ inline void raise_to(Count& peak, int64_t value) {
   int64_t old = peak;
   while (value > old && !peak.compare_exchange_weak(old, value)) {}
 }
-inline void pace(int64_t n, double gbps) {
-  if (gbps > 0) std::this_thread::sleep_for(std::chrono::duration<double>(n / (gbps * 1e9)));
+
+// ------------------------------------------------------------- the device's own clock
+// Off: operators and copies take real time. On: they take none, and only advance these times, as they would on a device
+// whose host runs as far ahead as it can and costs nothing. So the times of events, and what a query answers, follow from
+// the order of the calls alone, and are the same on every machine. All in seconds.
+class DeviceClock {
+ public:
+  bool on() const { return running; }
+  // It never goes back: what was before has happened.
+  void run(bool yes) {
+    Lock l(mu);
+    running = yes;
+    for (auto& kv : streams) host = std::max(host, kv.second);
+  }
+  double now() { Lock l(mu); return host; }
+  // Work of so long is put on a stream: it starts behind what is there, and not before the host has come to it.
+  void add(int64_t st, double seconds) { if (!running) return; Lock l(mu); at(st) += seconds; }
+  double record(int64_t st) { if (!running) return 0; Lock l(mu); return at(st); }
+  void stream_waits(int64_t st, double until) { if (!running) return; Lock l(mu); auto& t = at(st); t = std::max(t, until); }
+  void host_waits(double until) { if (!running) return; Lock l(mu); host = std::max(host, until); }
+  void host_waits_stream(int64_t st) { if (!running) return; Lock l(mu); host = std::max(host, streams[st]); }
+  void host_waits_all() { if (!running) return; Lock l(mu); for (auto& kv : streams) host = std::max(host, kv.second); }
+  bool past(double when) { Lock l(mu); return when <= host; }
+
+ private:
+  using Lock = std::lock_guard<std::mutex>;
+  double& at(int64_t st) { auto& t = streams[st]; return t = std::max(t, host); }
+  std::mutex mu;
+  std::atomic<bool> running{false};
+  double host = 0;
+  std::map<int64_t, double> streams;
+};
+inline DeviceClock& device_clock = *new DeviceClock;
+
+inline double copy_seconds(int64_t n, double gbps) { return gbps > 0 ? n / (gbps * 1e9) : 0; }
+inline void pace(double seconds) {
+  if (seconds > 0) std::this_thread::sleep_for(std::chrono::duration<double>(seconds));
 }
 
 // --------------------------------------------------------------------- streams
@@ -106,35 +141,50 @@ struct Event {
   Clocks clocks;
   int64_t recorded = 0, done = 0;
   Clock::time_point at;
+  double device_at = 0;  // by the device's own clock
 
   void record(int64_t st, std::shared_ptr<Event> self) {
     auto c = order.snapshot(st);
+    auto when = device_clock.record(st);
     int64_t v;
-    { std::lock_guard<std::mutex> l(mu); v = ++recorded; clocks = c; }
+    { std::lock_guard<std::mutex> l(mu); v = ++recorded; clocks = c; device_at = when; }
     if (st == 0) finish(v);
     else worker(st).push([self, v] { self->finish(v); });
   }
   void block(int64_t st, std::shared_ptr<Event> self) {
-    auto [v, c] = latest();
+    auto [v, c, when] = latest();
     order.stream_waits(st, c);
+    device_clock.stream_waits(st, when);
     if (st == 0) wait(v);
     else worker(st).push([self, v = v] { self->wait(v); });
   }
   bool query() {
-    Clocks c;
-    { std::lock_guard<std::mutex> l(mu); if (done < recorded) return false; c = clocks; }
+    auto [v, c, when] = latest();
+    if (device_clock.on()) {
+      if (!device_clock.past(when)) return false;
+      wait(v);
+    } else {
+      std::lock_guard<std::mutex> l(mu);
+      if (done < v) return false;
+    }
     order.host_waits(c);
     return true;
   }
   void synchronize() {
-    auto [v, c] = latest();
+    auto [v, c, when] = latest();
     wait(v);
     order.host_waits(c);
+    device_clock.host_waits(when);
   }
-  Clock::time_point time() { std::lock_guard<std::mutex> l(mu); return at; }
+  // From this event to a later one, both of which have happened.
+  double seconds_until(Event& later) {
+    if (device_clock.on()) return std::get<2>(later.latest()) - std::get<2>(latest());
+    return std::chrono::duration<double>(later.time() - time()).count();
+  }
 
  private:
-  std::pair<int64_t, Clocks> latest() { std::lock_guard<std::mutex> l(mu); return {recorded, clocks}; }
+  std::tuple<int64_t, Clocks, double> latest() { std::lock_guard<std::mutex> l(mu); return {recorded, clocks, device_at}; }
+  Clock::time_point time() { std::lock_guard<std::mutex> l(mu); return at; }
   void finish(int64_t v) {
     std::lock_guard<std::mutex> l(mu);
     if (v > done) done = v;
@@ -181,13 +231,16 @@ static void drop_pending(uintptr_t p, size_t n) {
     }
 }
 static void copy_later(int64_t st, void* dst, const void* src, size_t n, double gbps) {
+  auto seconds = copy_seconds(n, gbps);
+  bool real = !device_clock.on();
+  device_clock.add(st, seconds);
   std::list<Transfer>::iterator t;
   {
     std::lock_guard<std::mutex> l(memory_mu);
     t = pending.insert(pending.end(), Transfer{address(dst), address(src), n, false});
   }
   worker(st).push([=] {
-    pace(n, gbps);
+    if (real) pace(seconds);
     constexpr size_t chunk = 1 << 20;
     for (size_t i = 0; i < n; i += chunk) {
       std::lock_guard<std::mutex> l(memory_mu);
