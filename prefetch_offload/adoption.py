@@ -17,7 +17,7 @@ from .loading import CarriedUnit, SlabUnit, Unit
 from .masters import Master, component_nbytes, is_plain, modules_of, span_nbytes, tensor_nbytes, tensors_of
 from .originals import FileSlab
 from .points import find_points, least_nbytes
-from .units import DEVICE_GRAIN, Extent, align, cut, device_nbytes
+from .units import DEVICE_GRAIN, Extent, align, cut, device_nbytes, order_of_use
 
 
 def check_tensors(name: str, module: nn.Module) -> None:
@@ -88,11 +88,12 @@ def build_units(
         codec: how they travel; None: as they are, which is also how units travel that it has nothing to offer for.
 
     Returns:
-        Units in definition order, carried tensors last. Slabs are pinned as far as the host allows.
+        Units in order of use as far as names tell it, carried tensors last. Slabs are pinned as far as the host allows.
     """
     plain = [m for m in masters if is_plain(m.tensor) and m.tensor.numel()]
     carried = [m for m in masters if not (is_plain(m.tensor) and m.tensor.numel())]
     ranges = _shared_ranges(plain)
+    ranges = [ranges[i] for i in order_of_use([r.members[0].name for r in ranges])]
     extents = [Extent(r.members[0].name, r.hi - r.lo) for r in ranges]
     units: list[Unit] = []
     for number, layout in enumerate(cut(extents, settings.unit_min, settings.unit_max)):
@@ -194,6 +195,7 @@ def least_of(module: nn.Module, settings: Settings, codec: Codec | None = None) 
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         masters[id(tensor)].name = name
     ordered = list(masters.values())
+    ordered = [ordered[i] for i in order_of_use([m.name for m in ordered])]
     extents = [Extent(m.name, tensor_nbytes(m.tensor)) for m in ordered]
     units = [
         Unit(f"{number}", device_nbytes(layout.nbytes), layout.nbytes, [ordered[p.extent] for p in layout.placements])

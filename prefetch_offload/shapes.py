@@ -98,18 +98,6 @@ def idle(kind: Kind, names: Sequence[str]) -> bool:
     return all(n.startswith(unused) if kind == "decoder" else _TABLES.search(n) is not None for n in names)
 
 
-def order_of_use(names: Sequence[str]) -> list[int]:
-    """Indices of a component's units as they are used: a U-Net's middle is defined after what comes behind it."""
-    order = list(range(len(names)))
-    for prefix in ("", "decoder."):
-        middle = [i for i in order if names[i].startswith(prefix + "mid_block")]
-        behind = [i for i in order if names[i].startswith(prefix + "up_blocks")]
-        places = sorted(order.index(i) for i in (*middle, *behind))
-        for place, i in zip(places, (*middle, *behind), strict=True):
-            order[place] = i
-    return order
-
-
 def workload_of(
     parts: Sequence[Part],
     steps: int,

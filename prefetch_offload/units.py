@@ -76,6 +76,47 @@ def block_of(name: str) -> str:
     return match.group(1) if match else ""
 
 
+# What diffusers' blocks define list by list, and call in turns: the first of each list, then the second of each.
+_TURNS = ("resnets", "temp_convs", "attentions", "temp_attentions", "motion_modules")
+# What is defined in another order than it is called in: a U-Net's middle, and that of a VAE's decoder.
+_MIDDLE, _BEHIND = "mid_block", "up_blocks"
+
+
+def order_of_use(names: Sequence[str]) -> list[int]:
+    """Indices of a component's tensors in the order in which they are used, as far as names tell; else as they are given.
+
+    In that order, a unit with the end of one block and the beginning of another is read once in a pass, and can leave. In
+    the order of definition a U-Net's would hold the end of its last attention and its first resnet, and stay for all
+    that comes in between.
+
+    Args:
+        names: qualified, in definition order.
+    """
+    places: dict[tuple[str, ...], int] = {}  # of a module, or of all that its parent calls in turns, among its siblings
+    for name in names:
+        path = name.split(".")
+        for depth, part in enumerate(path):
+            parent = tuple(path[:depth])
+            places.setdefault((*parent, _TURNS[0] if part in _TURNS else part), len(places))
+
+    def key(name: str) -> list[tuple[float, ...]]:
+        path = name.split(".")
+        found: list[tuple[float, ...]] = []
+        for depth, part in enumerate(path):
+            parent = tuple(path[:depth])
+            if part in _TURNS:
+                number = int(path[depth + 1]) if path[depth + 1 : depth + 2] and path[depth + 1].isdigit() else -1
+                found.append((places[(*parent, _TURNS[0])], number, _TURNS.index(part)))
+            elif part == _MIDDLE and (*parent, _BEHIND) in places:
+                found.append((min(places[(*parent, part)], places[(*parent, _BEHIND)] - 0.5),))
+            else:
+                found.append((places[(*parent, part)],))
+        return found
+
+    keys = [key(name) for name in names]
+    return sorted(range(len(names)), key=keys.__getitem__)
+
+
 def _runs(extents: Sequence[Extent], unit_max: int) -> Iterable[tuple[str, list[int]]]:
     """Neighbours of one block, none larger than `unit_max` unless it is a single extent."""
     run: list[int] = []
@@ -96,7 +137,7 @@ def cut(extents: Sequence[Extent], unit_min: int, unit_max: int) -> tuple[UnitLa
     """Units of a component, in the order of `extents`.
 
     Args:
-        extents: in definition order; empty ones (0 bytes) are allowed and take no room.
+        extents: in order of use (`order_of_use`); empty ones (0 bytes) are allowed and take no room.
         unit_min: neighbouring blocks are joined until a unit has this many bytes.
         unit_max: no unit is larger, unless a single extent is.
 

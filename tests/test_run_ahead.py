@@ -42,9 +42,9 @@ class Replay:
 
 
 @pytest.mark.filterwarnings("ignore:the first call with these inputs took")
-@pytest.mark.parametrize("share", [0.4, 0.5, 0.6])
+@pytest.mark.parametrize(("name", "share"), [("flux", 0.4), ("flux", 0.5), ("flux", 0.6), ("sdxl", 0.7)])
 def test_with_a_host_that_is_ahead_a_call_takes_what_the_simulator_says(
-    share: float, sim: Any, enable: Any, monkeypatch: pytest.MonkeyPatch
+    name: str, share: float, sim: Any, enable: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replay, kernels = Replay(), dict[str, set[str]]()
     record, wait, copy, after, through = Lanes.record, Lanes.wait, Transport._copy, Stream.after, hooks._through
@@ -84,7 +84,7 @@ def test_with_a_host_that_is_ahead_a_call_takes_what_the_simulator_says(
         (hooks, "_through", passes),
     ):
         monkeypatch.setattr(owner, attribute, value)
-    case = CASES["flux"]
+    case = CASES[name]
     pipe = case.build()
     offload = enable(pipe, budget=int(share * weight_nbytes(pipe)), unit_min=64 << 10, unit_max=512 << 10, verify=False)
     engine, ends = offload._engine, []

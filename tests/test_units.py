@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefetch_offload.units import ALIGNMENT, Extent, Placement, UnitLayout, align, block_of, cut
+from prefetch_offload.units import ALIGNMENT, Extent, Placement, UnitLayout, align, block_of, cut, order_of_use
 
 # Names as in real models: some outside of any block, some in blocks, some in blocks within blocks. A block's tensors
 # mostly follow one another, but need not.
@@ -235,3 +235,45 @@ def test_align_rounds_up_to_the_next_multiple(nbytes: int, alignment: int) -> No
 )  # fmt: skip
 def test_block_of_real_names(name: str, block: str) -> None:
     assert block_of(name) == block
+
+
+# ------------------------------------------------------------------ order of use
+def used(*names: str) -> list[str]:
+    return [names[i] for i in order_of_use(names)]
+
+
+def test_what_a_block_calls_in_turns_comes_in_turns() -> None:
+    block = "up_blocks.0."
+    defined = ["attentions.0.a", "attentions.0.b", "attentions.1.a", "resnets.0.a", "resnets.1.a", "resnets.2.a", "up.0.a"]
+    called = ["resnets.0.a", "attentions.0.a", "attentions.0.b", "resnets.1.a", "attentions.1.a", "resnets.2.a", "up.0.a"]
+    assert used("conv_in", *(block + n for n in defined), "conv_out") == ["conv_in", *(block + n for n in called), "conv_out"]
+
+
+def test_motion_comes_behind_what_it_moves() -> None:
+    assert used("b.attentions.0.w", "b.attentions.1.w", "b.resnets.0.w", "b.resnets.1.w", "b.motion_modules.0.w") == [
+        "b.resnets.0.w", "b.attentions.0.w", "b.motion_modules.0.w", "b.resnets.1.w", "b.attentions.1.w",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("prefix", ["", "decoder."])
+def test_a_u_nets_middle_comes_before_what_is_behind_it(prefix: str) -> None:
+    defined = ("in", "down_blocks.0.w", "up_blocks.0.w", "up_blocks.1.w", "mid_block.w", "out")
+    called = ("in", "down_blocks.0.w", "mid_block.w", "up_blocks.0.w", "up_blocks.1.w", "out")
+    assert used(*(prefix + n for n in defined)) == [prefix + n for n in called]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("embed", "transformer_blocks.0.w", "transformer_blocks.1.w", "single_transformer_blocks.0.w", "out"),
+        ("down_blocks.0.w", "mid_block.w", "up_blocks.0.w"),
+        ("resnets", "resnets.w", "attentions.first.w"),  # no lists: named so by chance
+    ],
+)
+def test_anything_else_stays_as_it_is_defined(names: tuple[str, ...]) -> None:
+    assert used(*names) == list(names)
+
+
+@given(components())
+def test_every_tensor_is_used_once(extents: list[Extent]) -> None:
+    assert sorted(order_of_use([e.name for e in extents])) == list(range(len(extents)))

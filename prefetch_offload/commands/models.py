@@ -18,8 +18,8 @@ from safetensors import safe_open
 from ..config import Settings
 from ..errors import SettingError
 from ..figures import MODELS
-from ..shapes import Kind, Model, Part, blocks_of, idle, order_of_use
-from ..units import Extent, cut
+from ..shapes import Kind, Model, Part, blocks_of, idle
+from ..units import Extent, cut, order_of_use
 
 # Bits of an element, by the name that safetensors gives its type.
 _BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
@@ -268,11 +268,11 @@ def _part(source: Source, name: str, dtype: str | None) -> tuple[Part | None, st
         Extent(key, _nbytes(source, d, shape, dtype))
         for key, d, shape in sorted(tensors, key=lambda t: _position(t[0]))
     ]
+    extents = [extents[i] for i in order_of_use([e.name for e in extents])]
     settings = Settings()
     layouts = cut([e for e in extents if e.nbytes], settings.unit_min, settings.unit_max)
     names = [e.name for e in extents if e.nbytes]
     units = [(u.name, u.nbytes, idle(kind, [names[p.extent] for p in u.placements])) for u in layouts]
-    units = [units[i] for i in order_of_use([u[0] for u in units])]
     shown = dtype or {v: k for k, v in DTYPES.items()}.get(stored, stored)
     return Part(name, kind, shown, blocks_of(units), sum(types.values())), variant
 
