@@ -34,6 +34,7 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
 )
+from torch import nn
 
 from prefetch_offload.registry import engines
 from prefetch_offload.testing import _pipeline_parts
@@ -226,6 +227,21 @@ def test_a_component_set_to_none(sim: Any, enable: Any) -> None:
 
 
 # ----------------------------------------------------------------------- going away
+def test_a_component_that_was_none_for_a_while(sim: Any, enable: Any) -> None:
+    """It is offloaded again at once: a component may be used before the next call."""
+    plain = CASES["flux"].build().to(DEVICE)
+    pipe = CASES["flux"].build()
+    enable(pipe)
+    kept, pipe.text_encoder = pipe.text_encoder, None
+    pipe.text_encoder = kept
+    with torch.no_grad():
+        assert_equal(*[[*p.encode_prompt("a cat", None, max_sequence_length=32)[:2]] for p in (pipe, plain)])
+    assert "text_encoder" in hooked(pipe)
+    pipe.watermark = nn.Linear(2, 2)  # is none
+    assert not hasattr(pipe.watermark, "_hf_hook")
+    assert_right("flux", pipe)
+
+
 @pytest.mark.parametrize("keep_handle", [False, True])
 @pytest.mark.parametrize("state_", ["fresh", "called", "bound", "failed"])
 def test_a_collected_pipeline_gives_everything_back(state_: str, keep_handle: bool, sim: Any) -> None:

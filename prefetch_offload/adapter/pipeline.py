@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import accelerate
 import accelerate.hooks
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from ..errors import UnsupportedError
 from ..holdings import rehooking
 from .entry import attach
 from .hooks import CpuOffload, Session, unwrap
@@ -119,6 +121,23 @@ def refuse_as_stock(pipe: DiffusionPipeline, arguments: dict[str, Any]) -> None:
             attributes |= content
 
 
+def check_hooks(pipe: DiffusionPipeline) -> None:
+    """diffusers' method has run, and has not asked for any of our hooks: it had nothing to hook.
+
+    Raises:
+        UnsupportedError: they are accelerate's, which this diffusers does not ask for in the way that `patched` meets.
+    """
+    modules = {name: unwrap(m) for name, m in pipe.components.items() if isinstance(m, nn.Module)}
+    hooks = {name: module.__dict__.get("_hf_hook") for name, module in modules.items()}
+    stock = [name for name, hook in hooks.items() if type(hook) is accelerate.hooks.CpuOffload]
+    if stock:
+        raise UnsupportedError(
+            f"diffusers {diffusers.__version__} has put accelerate's own hooks on {', '.join(stock)} instead of asking for "
+            f"ours: how {base_class(pipe).__name__}.enable_model_cpu_offload() works is not known to this version of "
+            "prefetch_offload. Use the latest one, or a diffusers that it was tested with."
+        )
+
+
 def is_sequential(module: nn.Module) -> bool:
     """Sequential offload keeps its weights elsewhere and meta tensors in their place; removing its hooks brings them back."""
     return any(getattr(getattr(m, "_hf_hook", None), "offload", False) for m in module.modules())
@@ -212,7 +231,10 @@ def _make(base: Any) -> type:
         before = self.__dict__.get(name)
         base.__setattr__(self, name, value)
         offload = offload_of(self)
-        if offload is not None and isinstance(before, nn.Module) and before is not value and getattr(self, "_all_hooks", None):
+        if offload is None or before is value or not getattr(self, "_all_hooks", None):
+            return
+        # One that comes back after having been None is a component, too; other attributes may be any module.
+        if isinstance(before, nn.Module) or (before is None and isinstance(value, nn.Module) and name in self.config):
             offload.replaced(name, before, value)
 
     def __deepcopy__(self: DiffusionPipeline, memo: dict[int, Any]) -> DiffusionPipeline:
