@@ -28,6 +28,7 @@ _classes: dict[type, type] = {}
 _patching = threading.RLock()
 _patch = threading.local()
 HANDLE = "_prefetch_offload"
+_OURS = (HANDLE, "_all_hooks")  # a copy has its own
 
 
 def offload_of(pipe: DiffusionPipeline) -> Offload | None:
@@ -237,27 +238,27 @@ def _make(base: Any) -> type:
         if isinstance(before, nn.Module) or (before is None and isinstance(value, nn.Module) and name in self.config):
             offload.replaced(name, before, value)
 
+    def __copy__(self: DiffusionPipeline) -> DiffusionPipeline:
+        """A pipeline of its own over the same components, enabled like the original."""
+        made = base.__new__(base)
+        made.__dict__.update({k: v for k, v in self.__dict__.items() if k not in _OURS})
+        return _enabled_like(self, made)
+
     def __deepcopy__(self: DiffusionPipeline, memo: dict[int, Any]) -> DiffusionPipeline:
         """A copy is enabled like the original."""
-        from ..api import apply
-
-        offload = offload_of(self)
-        ours = (HANDLE, "_all_hooks")
         with _without_hooks(self):
             made = base.__new__(base)
             memo[id(self)] = made
-            made.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k not in ours})
-        if offload is not None and getattr(self, "_all_hooks", None):
-            apply(made, None, offload.device, offload.settings)
-        return made  # type: ignore[no-any-return]
+            made.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k not in _OURS})
+        return _enabled_like(self, made)
 
     def __reduce_ex__(self: DiffusionPipeline, protocol: Any) -> Any:
         """Pickled, the pipeline is what it was before."""
-        state = {k: v for k, v in self.__dict__.items() if k not in (HANDLE, "_all_hooks")}
+        state = {k: v for k, v in self.__dict__.items() if k not in _OURS}
         return _rebuild, (base,), state
 
     body = {f.__name__: f for f in (
-        __call__, enable_model_cpu_offload, maybe_free_model_hooks, remove_all_hooks, __setattr__, __deepcopy__,
+        __call__, enable_model_cpu_offload, maybe_free_model_hooks, remove_all_hooks, __setattr__, __copy__, __deepcopy__,
         __reduce_ex__,
     )}  # fmt: skip
     body |= {name: _keeping(base, name) for name in _REHOOKING if callable(getattr(base, name, None))}
@@ -283,6 +284,15 @@ def _keeping(base: Any, name: str) -> Any:
             return method(self, *args, **kwargs)
 
     return keeping
+
+
+def _enabled_like(pipe: DiffusionPipeline, made: DiffusionPipeline) -> DiffusionPipeline:
+    from ..api import apply
+
+    offload = offload_of(pipe)
+    if offload is not None and getattr(pipe, "_all_hooks", None):
+        apply(made, None, offload.device, offload.settings)
+    return made
 
 
 def _rebuild(base: type) -> Any:
