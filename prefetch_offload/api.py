@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
+import weakref
 from typing import Any
 
 import torch
@@ -57,6 +58,11 @@ def enable(
     """
     made = Settings.make(budget, **settings)
     if not isinstance(pipe, DiffusionPipeline):
+        if any(cls.__name__ == "ModularPipeline" for cls in type(pipe).__mro__):
+            raise UnsupportedError(
+                f"enable() takes a DiffusionPipeline, and {type(pipe).__name__} is a modular pipeline, which is offloaded by "
+                "its ComponentsManager (`enable_auto_cpu_offload`). Use the model's DiffusionPipeline if there is one."
+            )
         raise UnsupportedError(
             f"enable() takes a diffusers pipeline, not a {type(pipe).__name__}: give the pipeline that the model is part of."
         )
@@ -145,6 +151,9 @@ def apply(pipe: DiffusionPipeline, gpu_id: int | None, device: torch.device | st
         try:
             with adapter.patched(session, pipe), adapter.plain_class(pipe):
                 base.enable_model_cpu_offload(pipe, **arguments)
+            if not session.hooked:
+                adapter.check_hooks(pipe)
+                session.on_any(getattr(pipe, "_offload_device", None))
         except BaseException:
             with contextlib.suppress(Exception):
                 base.remove_all_hooks(pipe)
@@ -257,39 +266,58 @@ def _session(before: Offload | None, settings: Settings) -> Session:
     return Session(client, settings)
 
 
-_stock: Any = None
+# Whose `enable_model_cpu_offload` is ours while installed, and what it was: overrides do not reach the base class's.
+_stock: weakref.WeakKeyDictionary[type, Any] = weakref.WeakKeyDictionary()
 
 
 def install(*, budget: int | str | None = None, **settings: Any) -> None:
     """Let `DiffusionPipeline.enable_model_cpu_offload` mean `enable`, for every pipeline, with these settings.
 
-    Existing programs then need no edit. Installing again applies the new settings to pipelines enabled from then on.
+    Existing programs then need no edit. Classes with an `enable_model_cpu_offload` of their own are included, those that are
+    defined later as well. Installing again applies the new settings to pipelines enabled from then on.
 
     Raises:
         SettingError: as in `enable`.
     """
-    global _stock
     made = Settings.make(budget, **settings)
     check_originals(made)
     uninstall()
-    stock = DiffusionPipeline.enable_model_cpu_offload
 
-    @functools.wraps(stock)
-    def enable_model_cpu_offload(
-        self: DiffusionPipeline, gpu_id: int | None = None, device: torch.device | str | None = None
-    ) -> None:
-        if adapter.is_patching():
-            stock(self, gpu_id=gpu_id, device=device)  # our own call of diffusers' method
-        else:
-            apply(self, gpu_id, device, made)
+    def take_over(cls: Any) -> None:
+        stock = cls.__dict__.get("enable_model_cpu_offload")
+        if stock is None or "_prefetch_base" in cls.__dict__:
+            return
 
-    DiffusionPipeline.enable_model_cpu_offload = enable_model_cpu_offload
-    _stock = stock
+        @functools.wraps(stock)
+        def enable_model_cpu_offload(
+            self: DiffusionPipeline, gpu_id: int | None = None, device: torch.device | str | None = None
+        ) -> None:
+            if adapter.is_patching():
+                arguments = {"gpu_id": gpu_id, "device": device}  # our own call of diffusers' method; some take fewer
+                stock(self, **{k: v for k, v in arguments.items() if v is not None})
+            else:
+                apply(self, gpu_id, device, made)
+
+        _stock[cls] = stock
+        cls.enable_model_cpu_offload = enable_model_cpu_offload
+
+    def __init_subclass__(cls: Any, **kwargs: Any) -> None:
+        super(DiffusionPipeline, cls).__init_subclass__(**kwargs)
+        take_over(cls)
+
+    todo = [DiffusionPipeline]
+    while todo:
+        cls = todo.pop()
+        take_over(cls)
+        todo += cls.__subclasses__()
+    DiffusionPipeline.__init_subclass__ = classmethod(__init_subclass__)  # type: ignore[assignment]
 
 
 def uninstall() -> None:
     """Undo `install`. Pipelines that are enabled stay enabled. Without `install` before it, a no-op."""
-    global _stock
-    if _stock is not None:
-        DiffusionPipeline.enable_model_cpu_offload = _stock
-        _stock = None
+    if not _stock:
+        return
+    del DiffusionPipeline.__init_subclass__
+    for cls, stock in list(_stock.items()):
+        cls.enable_model_cpu_offload = stock
+    _stock.clear()

@@ -250,9 +250,14 @@ class Offload:
             return
         heir = self._engine.heir(component, client) if component is not None else None
         if heir is None:
-            hook.detach_hook(module)
-            # Those chained to it and those of its parts go, too, as when stock removes them.
-            accelerate.hooks.remove_hook_from_module(unwrap(module), recurse=True)
+            # A part that this pipeline has may have become part of what another one had, whose hook was handed over.
+            whole = component.module if component is not None else module
+            for one in {id(unwrap(m)): m for m in (module, whole)}.values():
+                own = hook_of(one)
+                if own is not None:
+                    own.detach_hook(one)
+                # Those chained to it and those of its parts go, too, as when stock removes them.
+                accelerate.hooks.remove_hook_from_module(unwrap(one), recurse=True)
             return
         assert component is not None
         hook.session = dataclasses.replace(self._session, client=heir, settings=heir.settings)

@@ -306,6 +306,31 @@ def test_excluded_for_this_instance(sim: Any, enable: Any) -> None:
     offload.disable()
 
 
+def test_a_pipeline_of_which_nothing_is_offloaded(sim: Any, enable: Any) -> None:
+    """All of it excluded, and then no model left: stock takes either."""
+
+    def steps(pipe: Any) -> list[Any]:
+        pipe._exclude_from_cpu_offload, pipe.model_cpu_offload_seq = list(parts(pipe)), ""
+        pipe.enable_model_cpu_offload(device=DEVICE)
+        made = [pixels("sdxl", pipe), {n: m.device.type for n, m in parts(pipe).items()}, len(pipe._all_hooks)]
+        for name in parts(pipe):
+            setattr(pipe, name, None)
+        pipe.enable_model_cpu_offload(device=DEVICE)
+        return [*made, len(pipe._all_hooks)]
+
+    pipe, offload = like_stock("sdxl", steps, sim, enable)
+    assert offload.device == torch.device(DEVICE, 0)
+    for empty in (offload, enable(pipe)):
+        assert empty.stats.h2d_nbytes == 0 and empty.report()
+        empty.release()
+        empty.disable()
+    fresh = CASES["sdxl"].build()
+    fresh._exclude_from_cpu_offload, fresh.model_cpu_offload_seq = list(parts(fresh)), ""
+    first = enable(fresh)
+    assert pixels("sdxl", fresh).tobytes() == by_stock("sdxl", lambda p: [pixels("sdxl", p)], sim)[0].tobytes()
+    assert first.report() and first.device.type == DEVICE
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_pipeline_that_never_frees_its_components(sim: Any, enable: Any) -> None:
     def build() -> Any:

@@ -12,7 +12,13 @@ import pytest
 import torch
 from conftest import DEVICE
 from contracts import assert_right, hooked, on_host, parts, pixels, stock_device
-from diffusers import FluxPipeline
+from diffusers import (
+    AudioLDM2Pipeline,
+    DiffusionPipeline,
+    FluxPipeline,
+    ModularPipeline,
+    StableCascadeCombinedPipeline,
+)
 from diffusers.hooks import apply_group_offloading
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from diffusers.hooks.tensor_parallel import _check_tp_supported
@@ -242,6 +248,26 @@ def test_not_a_pipeline(thing: str) -> None:
         prefetch_offload.enable(given)
 
 
+def test_a_modular_pipeline_is_told_what_offloads_it() -> None:
+    with pytest.raises(UnsupportedError, match=r"is a modular pipeline, .*enable_auto_cpu_offload"):
+        prefetch_offload.enable(ModularPipeline.__new__(ModularPipeline))  # type: ignore[arg-type]
+
+
+def test_a_diffusers_that_asks_for_its_hooks_in_another_way(sim: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were that not noticed, the pipeline would be offloaded by stock."""
+    bound_early = accelerate.cpu_offload_with_hook
+
+    def enable_model_cpu_offload(self: Any, gpu_id: Any = None, device: Any = None) -> None:
+        self.to("cpu")
+        self._all_hooks = [bound_early(m, torch.device(DEVICE, 0))[1] for m in parts(self).values()]
+
+    monkeypatch.setattr(DiffusionPipeline, "enable_model_cpu_offload", enable_model_cpu_offload)
+    pipe = CASES["flux"].build()
+    with pytest.raises(UnsupportedError, match=r"accelerate's own hooks on .*transformer.* instead of asking for ours"):
+        prefetch_offload.enable(pipe, device=DEVICE)
+    assert_untouched(pipe)
+
+
 def test_a_refused_second_enable_leaves_the_first_or_nothing(sim: Any, enable: Any) -> None:
     """Refusals that come before stock would remove its hooks leave the pipeline enabled, as under stock."""
     pipe = CASES["flux"].build()
@@ -314,6 +340,46 @@ def test_install_means_enable_and_uninstall_means_stock(sim: Any) -> None:
         pipe._prefetch_offload.disable()
         pipe.enable_model_cpu_offload()
     assert type(pipe.vae._hf_hook) is accelerate.hooks.CpuOffload
+
+
+class _OwnWay(FluxPipeline):
+    def enable_model_cpu_offload(self, gpu_id: int = 0) -> None:
+        super().enable_model_cpu_offload(gpu_id=gpu_id or None, device=DEVICE)
+
+
+def test_install_reaches_classes_with_a_method_of_their_own(sim: Any) -> None:
+    """AudioLDM2's does not go through the base class's, whose replacement it would not meet."""
+    own = _OwnWay.enable_model_cpu_offload
+    overrides = {c: c.enable_model_cpu_offload for c in (AudioLDM2Pipeline, StableCascadeCombinedPipeline, _OwnWay)}
+    prefetch_offload.install(budget="stock")
+    try:
+
+        class Later(_OwnWay):
+            def enable_model_cpu_offload(self) -> None:  # type: ignore[override]
+                super().enable_model_cpu_offload()
+
+        later = Later.enable_model_cpu_offload
+        assert all(c.enable_model_cpu_offload is not stock for c, stock in overrides.items())
+        prefetch_offload.install(budget="8GiB")
+        for cls in (_OwnWay, Later):
+            pipe = cls(**CASES["flux"].build().components)
+            pipe.set_progress_bar_config(disable=True)
+            pipe.enable_model_cpu_offload()
+            assert pipe._prefetch_offload.settings.budget == 8 << 30
+            assert_right("flux", pipe, 1)
+            pipe._prefetch_offload.disable()
+    finally:
+        prefetch_offload.uninstall()
+    assert all(c.enable_model_cpu_offload is stock for c, stock in overrides.items())
+    assert _OwnWay.enable_model_cpu_offload is own and Later.enable_model_cpu_offload is not later
+    assert "__init_subclass__" not in vars(DiffusionPipeline)
+
+    class After(FluxPipeline):
+        def enable_model_cpu_offload(self) -> None:  # type: ignore[override]
+            """Nobody's but its own."""
+
+    assert After.enable_model_cpu_offload.__doc__ == "Nobody's but its own."
+    assert not hasattr(After.enable_model_cpu_offload, "__wrapped__")
 
 
 def test_a_refused_device_mapped_pipeline_keeps_its_dispatch(sim: Any) -> None:

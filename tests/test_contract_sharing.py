@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
 import threading
@@ -31,9 +32,12 @@ from diffusers import (
     DiffusionPipeline,
     FluxImg2ImgPipeline,
     FluxPipeline,
+    MultiControlNetModel,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLControlNetPipeline,
 )
+from torch import nn
 
 from prefetch_offload.registry import engines
 from prefetch_offload.testing import _pipeline_parts
@@ -226,6 +230,77 @@ def test_a_component_set_to_none(sim: Any, enable: Any) -> None:
 
 
 # ----------------------------------------------------------------------- going away
+def _one_and_both() -> tuple[Any, Any]:
+    """A pipeline with a ControlNet, and one with that and a second one, of the same other components."""
+    one, other = CASES["sdxl-controlnet"].build(), CASES["sdxl-controlnet"].build(seed=5)
+    nets = MultiControlNetModel([one.controlnet, other.controlnet])
+    both = StableDiffusionXLControlNetPipeline(**{**one.components, "controlnet": nets})
+    both.set_progress_bar_config(disable=True)
+    return one, both
+
+
+def _pixels_of_both(pipe: Any) -> np.ndarray:
+    image = _pipeline_parts.picture(0)
+    return pixels("sdxl-controlnet", pipe, image=[image, image], controlnet_conditioning_scale=[1.0, 0.5])
+
+
+@pytest.mark.parametrize("first", [0, 1], ids=["alone first", "both first"])
+@pytest.mark.parametrize("leaves", [0, 1], ids=["the first leaves", "the second leaves"])
+def test_a_component_that_is_part_of_another_pipelines(leaves: int, first: int, sim: Any, enable: Any) -> None:
+    """One ControlNet in a pipeline of its own and, beside another one, in a second pipeline."""
+    plain = [p.to(DEVICE) for p in _one_and_both()]
+    run = (functools.partial(pixels, "sdxl-controlnet"), _pixels_of_both)
+    truth = [f(p) for f, p in zip(run, plain, strict=True)]
+    del plain
+    pipes = _one_and_both()
+    offloads: list[Any] = [enable(pipes[first]), enable(pipes[1 - first])]
+    if first:
+        offloads.reverse()
+    for _ in range(2):
+        assert_same([f(p) for f, p in zip(run, pipes, strict=True)], truth)
+    offloads[leaves].disable()
+    assert_same([run[1 - leaves](pipes[1 - leaves])], [truth[1 - leaves]])
+    offloads[1 - leaves].disable()
+    for pipe in pipes:
+        assert not any(hasattr(m, "_hf_hook") for p in parts(pipe).values() for m in p.modules())
+    for i in (0, 1):
+        assert_same([run[i](pipes[i].to(DEVICE))], [truth[i]])
+        pipes[i].to("cpu")
+
+
+def test_a_shallow_copy_is_a_pipeline_of_its_own(sim: Any, enable: Any) -> None:
+    """As servers make one for each request, with a scheduler of its own."""
+    pipe = CASES["flux"].build()
+    offload = enable(pipe)
+    assert_right("flux", pipe, 1)
+    twin = copy.copy(pipe)
+    assert type(twin).__name__ == "FluxPipeline" and twin._prefetch_offload is not offload
+    assert all(twin.components[n] is m for n, m in parts(pipe).items())
+    for one in (twin, pipe, twin):
+        assert_right("flux", one)
+        assert on_host(one)
+    offload.disable()
+    assert_right("flux", twin)
+    again = copy.copy(pipe)  # of one that is not enabled: stock's
+    assert "_prefetch_offload" not in vars(again) and type(again) is FluxPipeline
+    twin._prefetch_offload.disable()
+
+
+def test_a_component_that_was_none_for_a_while(sim: Any, enable: Any) -> None:
+    """It is offloaded again at once: a component may be used before the next call."""
+    plain = CASES["flux"].build().to(DEVICE)
+    pipe = CASES["flux"].build()
+    enable(pipe)
+    kept, pipe.text_encoder = pipe.text_encoder, None
+    pipe.text_encoder = kept
+    with torch.no_grad():
+        assert_equal(*[[*p.encode_prompt("a cat", None, max_sequence_length=32)[:2]] for p in (pipe, plain)])
+    assert "text_encoder" in hooked(pipe)
+    pipe.watermark = nn.Linear(2, 2)  # is none
+    assert not hasattr(pipe.watermark, "_hf_hook")
+    assert_right("flux", pipe)
+
+
 @pytest.mark.parametrize("keep_handle", [False, True])
 @pytest.mark.parametrize("state_", ["fresh", "called", "bound", "failed"])
 def test_a_collected_pipeline_gives_everything_back(state_: str, keep_handle: bool, sim: Any) -> None:

@@ -10,6 +10,8 @@ import pytest
 import torch
 from conftest import DEVICE, SEEDS, assert_same, images_of, resident, settle, weight_nbytes
 
+import prefetch_offload
+from prefetch_offload.adapter.hooks import CpuOffload
 from prefetch_offload.testing.pipelines import CASES
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -33,6 +35,31 @@ def test_same_images_and_no_weights_back(name: str, dtype: torch.dtype, sim: Any
     assert 0 < later[0] <= nbytes, "each unit travels at most once in the first call"
     assert later[1:] == [0, 0], "with a budget that holds everything, later calls copy nothing"
     assert all(p.device.type == "cpu" for p in _offloaded_parameters(pipe))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_program_that_is_not_edited(name: str, sim: Any) -> None:
+    """What diffusers asks of its own offload, with `install()`: two enables, a call after each; then its sequential one."""
+    expected = resident(name, torch.float32)
+    pipe = CASES[name].build()
+    prefetch_offload.install(verify=True, budget="stock")
+    try:
+        for seed in (0, 1):
+            pipe.enable_model_cpu_offload(device=DEVICE)
+            assert pipe._execution_device == torch.device(DEVICE, 0)
+            assert_same([np.asarray(CASES[name].call(pipe, seed=seed))], [expected[seed]])
+            found = {n: m for n, m in pipe.components.items() if isinstance(m, torch.nn.Module)}
+            for component in (m for n, m in found.items() if n not in pipe._exclude_from_cpu_offload):
+                assert component.device.type == "cpu"
+                assert type(component._hf_hook) is CpuOffload
+        offload = pipe._prefetch_offload
+        assert offload.hazards == []
+        pipe.enable_sequential_cpu_offload(device=DEVICE)  # takes over
+        assert not any(type(getattr(m, "_hf_hook", None)) is CpuOffload for m in found.values())
+        assert not offload._engine.live()
+    finally:
+        prefetch_offload.uninstall()
+        pipe.remove_all_hooks()
 
 
 def _offloaded_parameters(pipe: Any) -> list[torch.Tensor]:

@@ -44,6 +44,17 @@ class Session:
         self._engine.clients.add(self.client)
         watch.start()
 
+    def on_any(self, device: torch.device | None) -> None:
+        """Nothing has been hooked, as in a pipeline without models: `device`, or what PyTorch finds."""
+        device = device or torch.accelerator.current_accelerator()
+        if device is not None:
+            self.on(device)
+
+    @property
+    def hooked(self) -> bool:
+        """Some component has been."""
+        return self._engine is not None
+
 
 def _through(component: Component, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """One pass of a component that is ready. With ``strict_compile``, compiling again is an error once the pass is over."""

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import accelerate
 import accelerate.hooks
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from ..errors import UnsupportedError
 from ..holdings import rehooking
 from .entry import attach
 from .hooks import CpuOffload, Session, unwrap
@@ -26,6 +28,7 @@ _classes: dict[type, type] = {}
 _patching = threading.RLock()
 _patch = threading.local()
 HANDLE = "_prefetch_offload"
+_OURS = (HANDLE, "_all_hooks")  # a copy has its own
 
 
 def offload_of(pipe: DiffusionPipeline) -> Offload | None:
@@ -117,6 +120,23 @@ def refuse_as_stock(pipe: DiffusionPipeline, arguments: dict[str, Any]) -> None:
         for attributes, content in before:
             attributes.clear()
             attributes |= content
+
+
+def check_hooks(pipe: DiffusionPipeline) -> None:
+    """diffusers' method has run, and has not asked for any of our hooks: it had nothing to hook.
+
+    Raises:
+        UnsupportedError: they are accelerate's, which this diffusers does not ask for in the way that `patched` meets.
+    """
+    modules = {name: unwrap(m) for name, m in pipe.components.items() if isinstance(m, nn.Module)}
+    hooks = {name: module.__dict__.get("_hf_hook") for name, module in modules.items()}
+    stock = [name for name, hook in hooks.items() if type(hook) is accelerate.hooks.CpuOffload]
+    if stock:
+        raise UnsupportedError(
+            f"diffusers {diffusers.__version__} has put accelerate's own hooks on {', '.join(stock)} instead of asking for "
+            f"ours: how {base_class(pipe).__name__}.enable_model_cpu_offload() works is not known to this version of "
+            "prefetch_offload. Use the latest one, or a diffusers that it was tested with."
+        )
 
 
 def is_sequential(module: nn.Module) -> bool:
@@ -212,30 +232,33 @@ def _make(base: Any) -> type:
         before = self.__dict__.get(name)
         base.__setattr__(self, name, value)
         offload = offload_of(self)
-        if offload is not None and isinstance(before, nn.Module) and before is not value and getattr(self, "_all_hooks", None):
+        if offload is None or before is value or not getattr(self, "_all_hooks", None):
+            return
+        # One that comes back after having been None is a component, too; other attributes may be any module.
+        if isinstance(before, nn.Module) or (before is None and isinstance(value, nn.Module) and name in self.config):
             offload.replaced(name, before, value)
+
+    def __copy__(self: DiffusionPipeline) -> DiffusionPipeline:
+        """A pipeline of its own over the same components, enabled like the original."""
+        made = base.__new__(base)
+        made.__dict__.update({k: v for k, v in self.__dict__.items() if k not in _OURS})
+        return _enabled_like(self, made)
 
     def __deepcopy__(self: DiffusionPipeline, memo: dict[int, Any]) -> DiffusionPipeline:
         """A copy is enabled like the original."""
-        from ..api import apply
-
-        offload = offload_of(self)
-        ours = (HANDLE, "_all_hooks")
         with _without_hooks(self):
             made = base.__new__(base)
             memo[id(self)] = made
-            made.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k not in ours})
-        if offload is not None and getattr(self, "_all_hooks", None):
-            apply(made, None, offload.device, offload.settings)
-        return made  # type: ignore[no-any-return]
+            made.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k not in _OURS})
+        return _enabled_like(self, made)
 
     def __reduce_ex__(self: DiffusionPipeline, protocol: Any) -> Any:
         """Pickled, the pipeline is what it was before."""
-        state = {k: v for k, v in self.__dict__.items() if k not in (HANDLE, "_all_hooks")}
+        state = {k: v for k, v in self.__dict__.items() if k not in _OURS}
         return _rebuild, (base,), state
 
     body = {f.__name__: f for f in (
-        __call__, enable_model_cpu_offload, maybe_free_model_hooks, remove_all_hooks, __setattr__, __deepcopy__,
+        __call__, enable_model_cpu_offload, maybe_free_model_hooks, remove_all_hooks, __setattr__, __copy__, __deepcopy__,
         __reduce_ex__,
     )}  # fmt: skip
     body |= {name: _keeping(base, name) for name in _REHOOKING if callable(getattr(base, name, None))}
@@ -261,6 +284,15 @@ def _keeping(base: Any, name: str) -> Any:
             return method(self, *args, **kwargs)
 
     return keeping
+
+
+def _enabled_like(pipe: DiffusionPipeline, made: DiffusionPipeline) -> DiffusionPipeline:
+    from ..api import apply
+
+    offload = offload_of(pipe)
+    if offload is not None and getattr(pipe, "_all_hooks", None):
+        apply(made, None, offload.device, offload.settings)
+    return made
 
 
 def _rebuild(base: type) -> Any:
