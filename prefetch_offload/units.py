@@ -7,6 +7,7 @@ block) or what lies between two of them; small neighbours are joined and large o
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -96,25 +97,29 @@ def order_of_use(names: Sequence[str]) -> list[int]:
     for name in names:
         path = name.split(".")
         for depth, part in enumerate(path):
-            parent = tuple(path[:depth])
-            places.setdefault((*parent, _TURNS[0] if part in _TURNS else part), len(places))
+            places.setdefault(_place(path, depth, part), len(places))
 
     def key(name: str) -> list[tuple[float, ...]]:
         path = name.split(".")
         found: list[tuple[float, ...]] = []
         for depth, part in enumerate(path):
-            parent = tuple(path[:depth])
-            if part in _TURNS:
-                number = int(path[depth + 1]) if path[depth + 1 : depth + 2] and path[depth + 1].isdigit() else -1
-                found.append((places[(*parent, _TURNS[0])], number, _TURNS.index(part)))
-            elif part == _MIDDLE and (*parent, _BEHIND) in places:
-                found.append((min(places[(*parent, part)], places[(*parent, _BEHIND)] - 0.5),))
-            else:
-                found.append((places[(*parent, part)],))
+            place: float = places[_place(path, depth, part)]
+            if part == _MIDDLE:
+                place = min(place, places.get(_place(path, depth, _BEHIND), math.inf) - 0.5)
+            if part not in _TURNS:
+                found.append((place,))
+                continue
+            number = path[depth + 1] if depth + 1 < len(path) else ""
+            found.append((place, int(number) if number.isdigit() else -1, _TURNS.index(part)))
         return found
 
     keys = [key(name) for name in names]
     return sorted(range(len(names)), key=keys.__getitem__)
+
+
+def _place(path: Sequence[str], depth: int, part: str) -> tuple[str, ...]:
+    """Of `part`, which is or could be at this depth of the path; the same for all that is called in turns."""
+    return (*path[:depth], _TURNS[0] if part in _TURNS else part)
 
 
 def _runs(extents: Sequence[Extent], unit_max: int) -> Iterable[tuple[str, list[int]]]:
