@@ -26,7 +26,7 @@ from .handle import Offload
 from .holdings import rehooking
 from .masters import component_nbytes
 from .originals import why_not
-from .transport import staging_nbytes
+from .staging import staging_nbytes
 
 
 def enable(

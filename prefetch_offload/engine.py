@@ -120,7 +120,7 @@ class Engine(Moves):
                 self.recorder.left()
                 client.order.enter(component.key)
             self.current[thread] = component.key
-            client.memory.overhead_nbytes = self.transport.overhead_nbytes
+            client.memory.overhead_nbytes = self.transport.staging.overhead_nbytes
             shape = (component.key, shape)
             client.shapes[component.key] = shape
             if first:
@@ -194,7 +194,7 @@ class Engine(Moves):
     @property
     def _besides_nbytes(self) -> int:
         """Device memory that is neither units nor anybody's activations."""
-        return self.baseline + self.transport.overhead_held_nbytes
+        return self.baseline + self.transport.staging.held_nbytes
 
     def weighed(self) -> None:
         """Units have moved: what they took on their way is nobody's activations."""
@@ -246,7 +246,7 @@ class Engine(Moves):
     def _take_baseline(self, client: Client) -> None:
         """What else is on the device before anything of the client's has run is none of its doing."""
         if not self.residency.held_nbytes or not client.memory.activations:
-            ours = self.residency.held_nbytes + self.transport.overhead_held_nbytes
+            ours = self.residency.held_nbytes + self.transport.staging.held_nbytes
             self.baseline = max(0, self.lanes.allocated_nbytes() - ours)
 
     def _start_segment(self, thread: int, client: Client, component: Component, shape: object) -> None:
@@ -312,7 +312,7 @@ class Engine(Moves):
                 for component in try_out(self, client) if client.calls <= EARLY else ():
                     if not component.bound:
                         self._refresh(component, sampled=False)
-                client.memory.overhead_nbytes = self.transport.overhead_nbytes
+                client.memory.overhead_nbytes = self.transport.staging.overhead_nbytes
                 replan(self, client)
                 self.recorder.call_started(f"call {client.calls + 1}", client.number, client.components)
                 self._take_baseline(client)
@@ -415,6 +415,6 @@ class Engine(Moves):
                 for thread in [t for t, current in self.current.items() if current == component.key]:
                     del self.current[thread]
             if not self.residency.held():
-                self.transport.release_staging()
+                self.transport.staging.release()
             if self.addresses is not None:
                 self.addresses.give_back()

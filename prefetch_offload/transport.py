@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
-from prefetch_offload_kernels import cast_unit, prepare, workspace_nbytes
+from prefetch_offload_kernels import cast_unit
 
 from .addresses import mapping_of
-from .config import MIB
 from .device import (
     CAST_AFTER_COPY,
     COPY_AFTER_ALLOCATION,
@@ -27,10 +25,7 @@ from .device import (
 from .encoded import EncodedUnit
 from .host import Pins
 from .loading import SlabUnit, Unit
-from .units import device_nbytes
-
-# The second staging buffer has no more: a unit beyond the default `unit_max` is one large tensor, of which there are few.
-_SECOND = 256 * MIB
+from .staging import Buffer, Staging
 
 
 @dataclass(slots=True)
@@ -55,36 +50,21 @@ class Flight:
     arrived: torch.Event | None = None
 
 
-@dataclass(slots=True)
-class _Staging:
-    """What encoded units arrive in: memory of the cast stream.
-
-    Attributes:
-        name: for the checker.
-        bytes: uint8 on the device.
-        left: on the cast stream, behind the last cast out of it.
-    """
-
-    name: str
-    bytes: torch.Tensor
-    left: torch.Event
-
-
 class Transport:
     """Moves units between the host and one device, ordered by events only ([Note: stream order]).
 
-    Encoded units arrive in a *staging* buffer first, and are cast out of it on a stream of its own. There are two that take
-    turns, so that the link goes on while a unit is cast: one for the largest unit there is, and one for most of the others
-    (`staging_nbytes`). They are allocated on the cast stream, and so are the tables: nothing else ever orders them.
+    Encoded units arrive in a *staging* buffer first, and are cast out of it on a stream of its own.
+
+    Attributes:
+        flights: units that have device memory, by key.
+        staging: what encoded units arrive in.
     """
 
     def __init__(self, lanes: Lanes, pins: Pins) -> None:
         self.lanes, self.pins = lanes, pins
         self.flights: dict[str, Flight] = {}
         self._staged: list[torch.Event | None] = [None, None]
-        self._encoded: dict[str, EncodedUnit] = {}
-        self._staging: list[_Staging | None] = [None, None]
-        self._last = 1  # which of them was used last
+        self.staging = Staging(lanes)
 
     def load(self, unit: Unit, sample: bool = True) -> Flight:
         """Take device memory and enqueue the copy.
@@ -97,7 +77,7 @@ class Transport:
         """
         lanes = self.lanes
         compute = lanes.compute()
-        staging = self._ready_to_travel(unit, sample) if isinstance(unit, EncodedUnit) else None
+        buffer = self._ready_to_travel(unit, sample) if isinstance(unit, EncodedUnit) else None
         if sample:
             unit.sample()  # before the copy: a write during it is then seen as a change
         if not isinstance(unit, SlabUnit):
@@ -116,17 +96,17 @@ class Transport:
         try:
             # No graph comes of it: neither side requires gradients, and twins have version counters of their own.
             with lanes.copy:
-                self._copy(unit, unit.bytes if staging is None else staging.bytes[: unit.payload_nbytes])
+                self._copy(unit, unit.bytes if buffer is None else buffer.bytes[: unit.payload_nbytes])
             writer = lanes.copy
-            if staging is not None:
+            if buffer is not None:
                 assert isinstance(unit, EncodedUnit)
-                writer, flight.arrived = lanes.cast, self._cast(unit, staging)
+                writer, flight.arrived = lanes.cast, self._cast(unit, buffer)
             lanes.note("write", writer, unit.key)
             if unit.addresses is not None:
                 lanes.note("write", writer, mapping_of(unit.key))
             unit.copied = flight.ready = lanes.record(writer)
-            if staging is not None:
-                staging.left = flight.ready
+            if buffer is not None:
+                buffer.left = flight.ready
         except BaseException as error:
             lanes.synchronize()  # the copy may be under way
             del self.flights[unit.key]
@@ -149,88 +129,9 @@ class Transport:
     def admit(self, unit: Unit) -> None:
         """A unit that will travel. For encoded ones, the kernel that they need is compiled now. Nothing is moved."""
         if isinstance(unit, EncodedUnit):
-            self._encoded[unit.key] = unit
-            try:
-                self._lay_table(unit)
-            except OUT_OF_MEMORY:
-                pass  # its load tries again, where others make room
+            self.staging.admit(unit)
 
-    @property
-    def overhead_nbytes(self) -> int:
-        """Device bytes that encoded units need besides their own."""
-        units = self._encoded.values()
-        workspace = max((workspace_nbytes(u.table) for u in units if u.table is not None), default=0)
-        workspace += max((u.workspace_nbytes for u in units), default=0)  # the caller's stream packs while the other casts
-        return sum(self._staging_nbytes) + workspace + sum(u.overhead_nbytes for u in units)
-
-    @property
-    def overhead_held_nbytes(self) -> int:
-        """Those that are allocated now."""
-        staging = sum(s.bytes.numel() for s in self._staging if s is not None)
-        return staging + sum(u.overhead_nbytes for u in self._encoded.values())
-
-    @property
-    def _staging_nbytes(self) -> tuple[int, int]:
-        units = self._encoded.values()
-        first = max((u.payload_nbytes for u in units), default=0)
-        # Those of one call are a few that come once, beside a decoder's activations: not worth the memory.
-        _, second = staging_nbytes(u.payload_nbytes for u in units if not u.transient)
-        return device_nbytes(first), device_nbytes(second)
-
-    def release_staging(self) -> None:
-        """Give the staging buffers back; the next encoded units take them again."""
-        self._give_back(0)
-        self._give_back(1)
-
-    def _give_back(self, number: int) -> None:
-        staging = self._staging[number]
-        if staging is not None:
-            self.lanes.note("free", self.lanes.cast, staging.name)
-            self._staging[number] = None
-
-    def _fit_staging(self) -> None:
-        """Hold no larger ones than are counted: what their size came from is gone, or has become smaller."""
-        for number, nbytes in enumerate(self._staging_nbytes):
-            staging = self._staging[number]
-            if staging is not None and staging.bytes.numel() > nbytes:
-                self._give_back(number)
-
-    def _next_staging(self, payload_nbytes: int) -> _Staging:
-        """A buffer for so many bytes: not the one that was used last, where there is room for two.
-
-        Raises:
-            torch.OutOfMemoryError: there is none for one.
-        """
-        sizes = self._staging_nbytes
-        number = 1 - self._last if payload_nbytes <= sizes[1 - self._last] else self._last
-        try:
-            staging = self._staging_of(number, sizes[number], payload_nbytes)
-        except OUT_OF_MEMORY:
-            number = 1 - number
-            if payload_nbytes > sizes[number]:
-                raise
-            staging = self._staging_of(number, sizes[number], payload_nbytes)
-        self._last = number
-        return staging
-
-    def _staging_of(self, number: int, nbytes: int, least_nbytes: int) -> _Staging:
-        """Buffer `number`, made with `nbytes` where there is none of `least_nbytes`."""
-        staging = self._staging[number]
-        if staging is None or staging.bytes.numel() < least_nbytes:
-            self._give_back(number)
-            lanes = self.lanes
-            with torch.inference_mode(False), lanes.cast:
-                memory = torch.empty(nbytes, dtype=torch.uint8, device=lanes.device)
-            staging = self._staging[number] = _Staging(f"staging/{number}", memory, lanes.record(lanes.cast))
-            lanes.note("alloc", lanes.cast, staging.name)  # behind: an interrupt in between leaves no name that is taken
-            staging.left = lanes.record(lanes.cast)
-        return staging
-
-    def _lay_table(self, unit: EncodedUnit) -> None:
-        with torch.inference_mode(False), self.lanes.cast:
-            prepare(unit.lay_table(self.lanes.device))
-
-    def _ready_to_travel(self, unit: EncodedUnit, look: bool) -> _Staging:
+    def _ready_to_travel(self, unit: EncodedUnit, look: bool) -> Buffer:
         """It is encoded as its masters are now, and there is a buffer to arrive in: that one, which may be written to."""
         if unit.outdated(look):
             if unit.copied is not None:
@@ -240,23 +141,23 @@ class Transport:
                 unit.copied = None
             unit.encode()
             unit.sample()
-            self._fit_staging()
+            self.staging.fit()
         if unit.table is None:
-            self._lay_table(unit)
-        staging = self._next_staging(unit.payload_nbytes)
-        self.lanes.wait(self.lanes.copy, staging.left, STAGE_AFTER_CAST)
-        return staging
+            self.staging.lay_table(unit)
+        buffer = self.staging.take(unit.payload_nbytes)
+        self.lanes.wait(self.lanes.copy, buffer.left, STAGE_AFTER_CAST)
+        return buffer
 
-    def _cast(self, unit: EncodedUnit, staging: _Staging) -> torch.Event:
-        """Turn what is on its way into `staging` into the unit. Returns an event behind the copy."""
+    def _cast(self, unit: EncodedUnit, buffer: Buffer) -> torch.Event:
+        """Turn what is on its way into `buffer` into the unit. Returns an event behind the copy."""
         assert unit.table is not None and unit.bytes is not None
         lanes = self.lanes
-        lanes.note("write", lanes.copy, staging.name)
+        lanes.note("write", lanes.copy, buffer.name)
         arrived = lanes.record(lanes.copy)
         lanes.wait(lanes.cast, arrived, CAST_AFTER_COPY)
         with torch.inference_mode(False), torch.no_grad(), lanes.cast:
-            cast_unit(unit.table, staging.bytes[: unit.payload_nbytes], unit.bytes)
-            lanes.note("read", lanes.cast, staging.name)
+            cast_unit(unit.table, buffer.bytes[: unit.payload_nbytes], unit.bytes)
+            lanes.note("read", lanes.cast, buffer.name)
             if not unit.remembered:
                 unit.remember()
         return arrived
@@ -359,16 +260,8 @@ class Transport:
         """Give up the unit's host memory, once nothing is being copied from it. The unit is not on the device."""
         self.finish_copies(unit)
         if isinstance(unit, EncodedUnit):
-            self._encoded.pop(unit.key, None)
-            self._fit_staging()
+            self.staging.forget(unit)
         unit.retire()
-
-
-def staging_nbytes(payloads: Iterable[int]) -> tuple[int, int]:
-    """Sizes of the buffers that units of so many travelling bytes arrive in: one is for the largest, the other for the rest of
-    them up to `_SECOND`; 0 where there is nothing for it."""
-    first, *others = sorted(payloads, reverse=True) or (0,)
-    return first, next((nbytes for nbytes in others if nbytes <= _SECOND), 0)
 
 
 def _on_host(unit: Unit) -> str:

@@ -409,10 +409,10 @@ def test_two_pipelines_give_the_staging_buffer_back(sim: Any, enable: Any) -> No
     engine = offloads[0]._engine
     for name, pipe in zip(("flux", "sdxl"), pipes, strict=True):
         assert draw(name, pipe) == resident(name)[0]
-    assert engine.transport.overhead_held_nbytes > 0
+    assert engine.transport.staging.held_nbytes > 0
     for offload in offloads:
         offload.disable()
-    assert engine.transport.overhead_held_nbytes == engine.transport.overhead_nbytes == 0
+    assert engine.transport.staging.held_nbytes == engine.transport.staging.overhead_nbytes == 0
     assert engine.pins.nbytes == 0
 
 

@@ -215,7 +215,7 @@ def test_a_budget_without_room_to_arrive_in_is_refused(way: str, sim: Any, enabl
     assert not hasattr(pipe.transformer, "_hf_hook")
     offload = enable(pipe, budget=needed, **settings)
     transport = offload._engine.transport
-    assert needed - weights <= transport.overhead_nbytes, "a call needs no less"
+    assert needed - weights <= transport.staging.overhead_nbytes, "a call needs no less"
     raw = enable(build("flux"), budget=needed - 1, **UNITS)
     assert raw.budget == needed - 1
 
@@ -231,12 +231,12 @@ def assert_within(budget: int, sim: Any, pipe: Any, offload: Any) -> None:
         sim.reset()
         draw("flux", pipe)
         assert sim.counters()["peak"] <= budget
-        assert transport.overhead_held_nbytes <= transport.overhead_nbytes
+        assert transport.staging.held_nbytes <= transport.staging.overhead_nbytes
 
 
 def arrive_in(offload: Any) -> int:
     """Bytes of the larger of the buffers that there are."""
-    return max(staging.bytes.numel() for staging in offload._engine.transport._staging if staging is not None)
+    return max(b.bytes.numel() for b in offload._engine.transport.staging.buffers if b is not None)
 
 
 def test_a_budget_is_kept_once_the_largest_encoded_units_are_gone(sim: Any, enable: Any) -> None:
@@ -282,7 +282,7 @@ def test_a_unit_that_becomes_smaller_when_it_is_encoded_anew_needs_less_to_arriv
     offload.release()
     draw("flux", pipe)
     assert arrive_in(offload) < before
-    assert transport.overhead_held_nbytes <= transport.overhead_nbytes
+    assert transport.staging.held_nbytes <= transport.staging.overhead_nbytes
 
 
 def test_no_room_for_a_kernel_is_met_as_no_room_for_weights(sim: Any, enable: Any, monkeypatch: pytest.MonkeyPatch) -> None:

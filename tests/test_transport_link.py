@@ -19,8 +19,9 @@ from prefetch_offload import transport, upcast
 from prefetch_offload.device import STAGE_AFTER_CAST, Lanes
 from prefetch_offload.loading import SlabUnit
 from prefetch_offload.planning import workload_of
+from prefetch_offload.staging import Staging, staging_nbytes
 from prefetch_offload.testing.pipelines import CASES
-from prefetch_offload.transport import Transport, staging_nbytes
+from prefetch_offload.transport import Transport
 from prefetch_offload.units import align
 
 __all__ = ["small_chunks"]  # for every test here, too
@@ -147,7 +148,7 @@ def test_the_link_goes_on_while_a_unit_is_cast(sim: Any, enable: Any, monkeypatc
     monkeypatch.setattr(Transport, "load", loading)
     assert draw("flux", pipe) == resident("flux")[0]
     payloads = sorted((u.payload_nbytes for u in encoded_units(offload)), reverse=True)
-    assert [s.bytes.numel() for s in moves._staging if s is not None] == [align(n, 512) for n in payloads[:2]]
+    assert [s.bytes.numel() for s in moves.staging.buffers if s is not None] == [align(n, 512) for n in payloads[:2]]
     assert len(ready) == len(awaited) > 1.5 * len(payloads), "it streams"
     turns = sum(event is ready[at - 2] for at, event in enumerate(awaited) if at >= 2)
     again = [at for at, event in enumerate(awaited) if at and event is ready[at - 1]]
@@ -170,31 +171,31 @@ def test_what_is_cast_up_for_a_call_has_one_buffer(sim: Any, enable: Any, monkey
     pipe = case.build()
     transport = enable(pipe, **UNITS)._engine.transport
     sizes: list[tuple[int, int]] = []
-    next_staging = Transport._next_staging
+    take = Staging.take
 
-    def asked(self: Transport, payload_nbytes: int) -> Any:
-        sizes.append(self._staging_nbytes)
-        return next_staging(self, payload_nbytes)
+    def asked(self: Staging, payload_nbytes: int) -> Any:
+        sizes.append(self.sizes)
+        return take(self, payload_nbytes)
 
-    monkeypatch.setattr(Transport, "_next_staging", asked)
+    monkeypatch.setattr(Staging, "take", asked)
     case.call(pipe)
     assert len(sizes) > 3 and all(first and not second for first, second in sizes)
-    assert transport._staging[1] is None
+    assert transport.staging.buffers[1] is None
 
 
 def test_without_room_for_a_second_buffer_one_does(sim: Any, enable: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = build("flux")
     offload = enable(pipe, transport="packed", **UNITS)
-    staging_of = Transport._staging_of
+    buffer = Staging._buffer
 
-    def only_the_first(self: Transport, number: int, nbytes: int, least_nbytes: int) -> Any:
+    def only_the_first(self: Staging, number: int, nbytes: int, least_nbytes: int) -> Any:
         if number == 1:
             raise torch.OutOfMemoryError("no room")
-        return staging_of(self, number, nbytes, least_nbytes)
+        return buffer(self, number, nbytes, least_nbytes)
 
-    monkeypatch.setattr(Transport, "_staging_of", only_the_first)
+    monkeypatch.setattr(Staging, "_buffer", only_the_first)
     assert draw("flux", pipe) == resident("flux")[0]
-    assert offload._engine.transport._staging[1] is None and not offload.stats.counts
+    assert offload._engine.transport.staging.buffers[1] is None and not offload.stats.counts
 
 
 def test_a_second_buffer_is_worth_its_memory_where_the_link_is_short() -> None:
