@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ class Buffer:
     """What a unit arrives in: memory of the cast stream.
 
     Attributes:
-        name: for the checker.
+        name: for the checker; none is given twice, so that an interrupt leaves no name that is taken.
         bytes: uint8 on the device.
         left: on the cast stream, behind the last cast out of it.
     """
@@ -46,6 +47,7 @@ class Staging:
         self.buffers: list[Buffer | None] = [None, None]
         self._units: dict[str, EncodedUnit] = {}
         self._last = 1  # which of them was used last
+        self._numbers = itertools.count()
 
     # -------------------------------------------------------------------- units
     def admit(self, unit: EncodedUnit) -> None:
@@ -128,16 +130,16 @@ class Staging:
             lanes = self.lanes
             with torch.inference_mode(False), lanes.cast:
                 memory = torch.empty(nbytes, dtype=torch.uint8, device=lanes.device)
-            buffer = self.buffers[number] = Buffer(f"staging/{number}", memory, lanes.record(lanes.cast))
-            lanes.note("alloc", lanes.cast, buffer.name)  # behind: an interrupt in between leaves no name that is taken
-            buffer.left = lanes.record(lanes.cast)
+            name = f"staging/{number}/{next(self._numbers)}"
+            lanes.note("alloc", lanes.cast, name)
+            buffer = self.buffers[number] = Buffer(name, memory, lanes.record(lanes.cast))
         return buffer
 
     def _give_back(self, number: int) -> None:
         buffer = self.buffers[number]
         if buffer is not None:
+            self.buffers[number] = None  # first: interrupted behind it, nothing is freed twice
             self.lanes.note("free", self.lanes.cast, buffer.name)
-            self.buffers[number] = None
 
 
 def staging_nbytes(payloads: Iterable[int]) -> tuple[int, int]:

@@ -127,6 +127,7 @@ class Interrupts:
     def __init__(self, *names: str) -> None:
         self._names = names
         self._inside = 0
+        self._finalizing = False
         self._at = -1
         self.seen: list[Line] = []
 
@@ -149,7 +150,7 @@ class Interrupts:
         return self.seen[-1]
 
     def _run(self, run: Callable[[], Any], at: int) -> None:
-        self._at, self._inside, self.seen = at, 0, []
+        self._at, self._inside, self._finalizing, self.seen = at, 0, False, []
         sys.settrace(self._enter)
         try:
             run()
@@ -160,8 +161,11 @@ class Interrupts:
         code = frame.f_code
         if not code.co_filename.startswith(PACKAGE) or "testing" in code.co_filename:
             return None
+        if self._finalizing:
+            return None
         if frame.f_back is not None and frame.f_back.f_code.co_filename == weakref.__file__:
-            return None  # a finalizer, whose errors nobody hears of
+            self._finalizing = True  # nobody hears of its errors, nor of those of what it calls
+            return self._finalized
         if code.co_name in self._names:
             self._inside += 1
         elif not self._inside:
@@ -175,6 +179,11 @@ class Interrupts:
         if len(self.seen) == self._at + 1:
             sys.settrace(None)
             raise KeyboardInterrupt
+
+    def _finalized(self, frame: Any, event: str, arg: Any) -> Any:
+        if event == "return":
+            self._finalizing = False
+        return self._finalized
 
     def _step(self, frame: Any, event: str, arg: Any) -> Any:
         code = frame.f_code

@@ -102,7 +102,7 @@ def assert_consistent(offload: Any) -> None:
     units = {u.key for c in engine.live() for u in (*c.units, *c.suspended_units)}
     assert set(engine.units) == units
     assert set(engine.recorder.owner) == units
-    assert set(engine.transport._encoded) == {u for u in units if engine.units[u].travels_encoded}
+    assert set(engine.transport.staging._units) == {u for u in units if engine.units[u].travels_encoded}
     assert set(engine.transport.flights) <= units
 
 

@@ -125,7 +125,7 @@ def test_an_interrupt_at_any_line(sim: Any, enable: Any, monkeypatch: pytest.Mon
         assert call(pipe) == expected[turn], number
         offload._engine.residency.validate()
     assert offload.stats.d2h_nbytes == 0
-    assert set(offload._engine.transport._encoded) == {u.key for u in encoded_units(offload)}
+    assert set(offload._engine.transport.staging._units) == {u.key for u in encoded_units(offload)}
     del plain
 
 
