@@ -86,7 +86,18 @@ def is_traced(module: nn.Module) -> bool:
     return (
         isinstance(module, torch._dynamo.OptimizedModule | torch.jit.ScriptModule)
         or call is not None
-        or "forward" in module.__dict__
+        or not _forwards_itself(module)
+    )
+
+
+def _forwards_itself(module: nn.Module) -> bool:
+    """Its `forward` is its class's. accelerate's hooks, and so stock offload, leave that on the instance when they go."""
+    found = module.__dict__.get("forward")
+    if found is None:
+        return True
+    function = getattr(found, "__func__", None)
+    return getattr(found, "__self__", None) is module and any(
+        vars(c).get("forward") is function for c in type(module).__mro__
     )
 
 
