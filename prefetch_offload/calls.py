@@ -108,12 +108,13 @@ class Memory:
     (activations, inputs, whatever else lives on the device). A *shape* stands for the component together with the shapes
     of its inputs; while a shape has not been measured, a bounded budget holds nothing but the running component, as stock
     model offload would. `overhead_nbytes` are taken on the device, whatever runs, by the buffers that encoded weights arrive
-    in; no measurement counts them. `took_nbytes` is the most that was in use in the last call, weights and all, while
-    shapes were being measured.
+    in; no measurement counts them. `spare_nbytes` is the least margin on what activations were measured to. `took_nbytes`
+    is the most that was in use in the last call, weights and all, while shapes were being measured.
     """
 
     budget: Budget
     overhead_nbytes: int = 0
+    spare_nbytes: int = 0
     activations: dict[object, int] = field(default_factory=dict)
     needs: dict[object, int] = field(default_factory=dict)
     alone: set[object] = field(default_factory=set)
@@ -147,10 +148,10 @@ class Memory:
         """Device bytes to leave to `shape`, which was measured, for all that is not weights.
 
         What a pipeline keeps from one call to the next (a scheduler's time steps, last outputs) was not there when it was
-        measured: a small margin is.
+        measured: a small margin is. And what the allocator takes beyond what it was asked for differs from call to call.
         """
         measured = self.activations[shape]
-        return measured + max(measured // 64, 16 * KIB) + self.overhead_nbytes
+        return measured + max(measured // 64, 16 * KIB, self.spare_nbytes) + self.overhead_nbytes
 
     def stock_floor(self) -> int | None:
         """A lower bound on stock model offload's peak: the largest component with its own activations."""

@@ -120,7 +120,7 @@ class Engine(Moves):
                 self.recorder.left()
                 client.order.enter(component.key)
             self.current[thread] = component.key
-            client.memory.overhead_nbytes = self.transport.staging.overhead_nbytes
+            self._count_besides(client)
             shape = (component.key, shape)
             client.shapes[component.key] = shape
             if first:
@@ -213,6 +213,11 @@ class Engine(Moves):
             segment.peak_nbytes = max(segment.peak_nbytes, peak)
         self.lanes.reset_peak()
         return peak
+
+    def _count_besides(self, client: Client) -> None:
+        """What is taken on the device besides units and what activations were measured to."""
+        client.memory.overhead_nbytes = self.transport.staging.overhead_nbytes
+        client.memory.spare_nbytes = self.lanes.spare_nbytes
 
     def discard_measurement(self) -> None:
         """What this thread runs needs more than it was given: it says nothing about its activations."""
@@ -312,7 +317,7 @@ class Engine(Moves):
                 for component in try_out(self, client) if client.calls <= EARLY else ():
                     if not component.bound:
                         self._refresh(component, sampled=False)
-                client.memory.overhead_nbytes = self.transport.staging.overhead_nbytes
+                self._count_besides(client)
                 replan(self, client)
                 self.recorder.call_started(f"call {client.calls + 1}", client.number, client.components)
                 self._take_baseline(client)

@@ -34,6 +34,7 @@ def test_what_casts_a_unit_goes_before_the_kernel_that_is_running(sim: Any, monk
 def test_the_allocators_figures_are_asked_for_once_and_unsorted(sim: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """`memory_allocated` and its like put all names together and sort them, for one figure of two hundred."""
     lanes = Lanes(torch.device(DEVICE, 0))
+    assert lanes.spare_nbytes == 0, "no such allocator"
 
     def figures(device: torch.device) -> dict[str, Any]:
         assert device == lanes.device
@@ -48,6 +49,7 @@ def test_the_allocators_figures_are_asked_for_once_and_unsorted(sim: Any, monkey
     )
     assert (lanes.allocated_nbytes(), lanes.peak_nbytes(), lanes.reserved_nbytes(), lanes.retries()) == (300, 700, 1000, 5)
     assert lanes.free_nbytes() == 4000 + 1000 - 300
+    assert lanes.spare_nbytes == 2 << 20
     # before anything has been allocated there are none
     plain = {"memory_allocated": 1, "max_memory_allocated": 2, "memory_reserved": 3}
     asked = {name: lambda device, nbytes=nbytes: nbytes for name, nbytes in plain.items()}
