@@ -364,29 +364,36 @@ def learned(net: nn.Module, enable: Any, **settings: Any) -> Component:
 
 
 class _TakingTurns(nn.Module):
-    """A block as diffusers' UNets have them: attentions are defined before resnets, and the two are called in turns."""
+    """A block like those of diffusers' UNets: its second halves are defined before its first ones, called in turns."""
 
-    def __init__(self) -> None:
+    def __init__(self, first: str, second: str) -> None:
         super().__init__()
-        self.attentions = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
-        self.resnets = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.lists = first, second
+        for name in (second, first):
+            self.add_module(name, nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3)))
         self.blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(12))
         self.dtype = torch.float32
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for resnet, attention in zip(self.resnets, self.attentions, strict=True):
-            x = torch.tanh(attention(torch.tanh(resnet(x))))
+        for first, second in zip(*(self.get_submodule(name) for name in self.lists), strict=True):
+            x = torch.tanh(second(torch.tanh(first(x))))
         for block in self.blocks:
             x = torch.tanh(block(x))
         return x
 
 
-def test_a_unit_that_is_read_at_both_ends_of_a_block_comes_before_it(sim: Any, enable: Any) -> None:
-    """The unit of the last attention and the first resnet: behind the others of the block, the pass would wait for them all."""
-    net = _TakingTurns()
+@pytest.mark.parametrize(
+    ("first", "second", "order"), [("former", "latter", [1, 0, 2]), ("resnets", "attentions", [0, 1, 2])]
+)
+def test_a_unit_that_is_read_at_both_ends_of_a_block_comes_before_it(
+    first: str, second: str, order: list[int], sim: Any, enable: Any
+) -> None:
+    """The unit of the last of one list and the first of the other: behind the others of the block, the pass would wait for them
+    all. Where names tell of the turns, there is none: each unit has what is called together."""
+    net = _TakingTurns(first, second)
     two = 2 * 66560
     component = learned(net, enable, budget=5 * two + (64 << 10), unit_min=two - 1024, unit_max=two)
-    assert [component.order.index(u.key) for u in component.units] == [1, 0, 2, *range(3, 9)], component.order
+    assert [component.order.index(u.key) for u in component.units] == [*order, *range(3, 9)], component.order
 
 
 @pytest.mark.parametrize(
