@@ -220,7 +220,12 @@ def run(part: Part, out: Path, limit_s: float) -> dict[str, object]:
         environment["HF_HUB_OFFLINE"] = "1"
     began = time.monotonic()
     with (folder / "output.txt").open("a") as output:
+        heeded = signal.getsignal(signal.SIGINT)
+        if heeded is signal.SIG_IGN:  # as a shell starts what is to run in the background, and what that starts inherits it
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         process = subprocess.Popen([sys.executable, *words], stdout=output, stderr=subprocess.STDOUT, env=environment)
+        if heeded is signal.SIG_IGN:
+            signal.signal(signal.SIGINT, heeded)
         grace_s = min(GRACE_S, limit_s / 2)
         try:
             ended: object = process.wait(limit_s - grace_s)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,9 +30,15 @@ def test_the_suite_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.
     plots = gpu_suite.Part("plots", 20, script("plots", "").command, again=True)
     monkeypatch.setattr(gpu_suite, "parts", lambda *_: [bad, plots, slow, unfinished, good])
     monkeypatch.setattr(gpu_suite, "check", lambda device: None)
-    for _ in range(2):
-        with pytest.raises(typer.Exit) as ended:
-            gpu_suite.main(tmp_path, "cuda", 100)
+    handler = signal.getsignal(signal.SIGINT)
+    for heeded in (signal.default_int_handler, signal.SIG_IGN):  # in the background, a shell has it ignored
+        signal.signal(signal.SIGINT, heeded)
+        try:
+            with pytest.raises(typer.Exit) as ended:
+                gpu_suite.main(tmp_path, "cuda", 100)
+            assert signal.getsignal(signal.SIGINT) is heeded
+        finally:
+            signal.signal(signal.SIGINT, handler)
         assert ended.value.exit_code == 1
     state = json.loads((tmp_path / "suite.json").read_text())
     endings = {"bad": 1, "slow": "out of time", "unfinished": 3, "good": 0, "plots": 0}
