@@ -370,6 +370,8 @@ def test_a_call_copies_what_was_predicted_in_that_order(name: str, sim: Any, ena
     pipe = CASES[name].build()
     settle(sim)
     sim.configure(-1, 0.05, 0.05, 0.05)
+    sim.op_delay_us(200)
+    sim.device_clock(True)  # the plan is the same on every machine
     offload = enable(pipe, budget="stock", strategy=planned_once(), **UNITS)
     counts = []
     for _ in range(5):
