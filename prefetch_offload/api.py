@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from . import virtual
+from . import segments, virtual
 from .adapter import pipeline as adapter
 from .adapter.hooks import Session, unwrap
 from .addresses import NO_ARENA
@@ -142,6 +142,7 @@ def apply(pipe: DiffusionPipeline, gpu_id: int | None, device: torch.device | st
     check_budget(pipe, settings)
     if settings.stable_addresses:
         check_addresses(pipe, settings, device)
+    check_segments(settings, device)
     before = adapter.offload_of(pipe)
     base = adapter.base_class(pipe)
     session = _session(before, settings)
@@ -174,6 +175,7 @@ def apply(pipe: DiffusionPipeline, gpu_id: int | None, device: torch.device | st
         keys = {id(c.module): key for key, c in client.components.items()}
         hooked = [unwrap(h.model) for h in getattr(pipe, "_all_hooks", [])]
         client.order.expect([keys[id(m)] for m in hooked if id(m) in keys])
+    offload._suit_allocator()
     return offload
 
 
@@ -251,6 +253,17 @@ def check_addresses(pipe: DiffusionPipeline, settings: Settings, device: torch.d
             f"stable_addresses=True on {where}: all weights, {nbytes} bytes ({told(nbytes)}), take device memory for "
             f"good, which is more than budget={settings.budget!r} allows. {NO_ARENA}"
         )
+
+
+def check_segments(settings: Settings, device: torch.device | str | None) -> None:
+    """Refuse ``expandable_segments=True`` where PyTorch's allocator has none.
+
+    Raises:
+        SettingError: with why.
+    """
+    where = torch.device(device) if device is not None else torch.accelerator.current_accelerator()
+    if settings.expandable_segments and where is not None:
+        segments.check(where)
 
 
 def _session(before: Offload | None, settings: Settings) -> Session:

@@ -144,6 +144,11 @@ class Memory:
         """`shape` ran out of memory: from now on it runs alone, and when it did so already, with as little as it can."""
         (self.tight if shape in self.alone else self.alone).add(shape)
 
+    def forgive(self) -> None:
+        """What ran out of memory was measured by now, and there will be more to spare: it may be planned for again."""
+        self.alone -= self.activations.keys()
+        self.tight -= self.activations.keys()
+
     def set_aside(self, shape: object) -> int:
         """Device bytes to leave to `shape`, which was measured, for all that is not weights.
 
@@ -162,7 +167,7 @@ class Memory:
 
         Args:
             available_nbytes: what weights could take if nothing else ran: held by weights now, plus free, less reserve.
-                Used when the budget is no number.
+                A budget that is a number, too, gives no more than that.
             least_nbytes: what it can run with when its units are streamed; None: it cannot be streamed.
 
         Returns:
@@ -187,5 +192,6 @@ class Memory:
         if shape not in self.activations:
             # It runs alone. Half of the budget is left to whatever it needs besides, more if it has to be streamed anyway.
             return weight_nbytes if weight_nbytes <= self.budget // 2 else max(least, self.budget // 4)
-        room = max(least, self.budget - self.set_aside(shape))
+        room = min(self.budget - self.set_aside(shape), available_nbytes - self.activations[shape])  # a device may have less
+        room = max(least, room)
         return min(room, max(least, weight_nbytes)) if shape in self.alone else room

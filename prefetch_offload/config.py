@@ -161,6 +161,9 @@ class Settings:
         stable_addresses: every unit keeps its device address for life, as CUDA graphs need. Where the device has no virtual
             memory for it (CUDA with cuda-bindings), all units take device memory for good, within the budget. None: for
             components that are compiled with CUDA graphs.
+        expandable_segments: let PyTorch's allocator for CUDA put free pieces of device memory together, for the whole process,
+            as long as the pipeline is enabled. None: where its weights take more than half of what it may use, and nobody has
+            decided otherwise by PYTORCH_CUDA_ALLOC_CONF. False: leave the allocator as it is.
         verify: record every stream operation and check it for hazards (`Offload.hazards`). Slow; for tests.
     """
 
@@ -179,6 +182,7 @@ class Settings:
     transport_overflow: bool = False
     strict_compile: bool = False
     stable_addresses: bool | None = None
+    expandable_segments: bool | None = None
     verify: bool = False
 
     @classmethod

@@ -193,12 +193,17 @@ class Lanes:
         """Bytes that can be allocated now: free on the device, plus cached and unused by PyTorch's allocator."""
         free, total = self.module.mem_get_info(self.device)
         reserved, allocated = self.reserved_nbytes(), self._figure("allocated", "current")
-        if hasattr(self.module, "get_per_process_memory_fraction"):
-            free = min(free, total * self.module.get_per_process_memory_fraction(self.device) - reserved)
+        free = min(free, total * self._fraction() - reserved)
         return max(0, int(free + reserved - allocated))
 
     def total_nbytes(self) -> int:
-        return int(self.module.mem_get_info(self.device)[1])
+        """What the device has, or as much of it as this process may take."""
+        total = int(self.module.mem_get_info(self.device)[1])
+        return int(total * self._fraction())
+
+    def _fraction(self) -> float:
+        ask = getattr(self.module, "get_per_process_memory_fraction", None)
+        return float(ask(self.device)) if ask is not None else 1.0
 
     def counts_besides(self, unseen_nbytes: int, idle_nbytes: int) -> None:
         """So many bytes of the device are taken that PyTorch's allocator does not count; and of all that is taken, so many

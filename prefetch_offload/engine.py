@@ -21,8 +21,10 @@ from .simulator import Link
 from .streaming import Stream
 from .trace import Timeline
 
-# Parts of the device that are left free, since free memory was in pieces: each time, and at most.
+# Parts of the device that are left free, since free memory was in pieces: the first time, and at most. It doubles in between.
 _SPARED, _MOST_SPARED = 32, 4
+# In one call the host may wait so often for memory to be given back: that costs less than streaming what is left free.
+_BORNE = 4
 
 
 class _Segment:
@@ -53,7 +55,7 @@ class Engine(Moves):
         self.baseline = 0
         self.high_water = 0
         self.link = Link(ASSUMED_GBPS)
-        self._retries = 0  # of the allocator's, up to when a call began
+        self._retries = self._ladder = 0  # of the allocator's, and how often memory ran out, up to when a call began
 
     def _recover(self) -> None:
         super()._recover()
@@ -280,8 +282,13 @@ class Engine(Moves):
                 if unit.key in self.transport.flights:
                     self.transport.keep(unit)
 
-    def out_of_memory(self, component: Component) -> None:
-        """`component` ran out of memory while it ran: drop all that is not running; next, it is streamed."""
+    def out_of_memory(self, component: Component, again: bool = False) -> None:
+        """`component` ran out of memory while it ran: drop all that is not running; next, it is streamed.
+
+        Args:
+            again: it did before, in the same call of it. There may be enough, but in pieces between its own units: they go as
+                well, and those that it cannot do without come back.
+        """
         with self._held(), self._change:
             client = self._client(component)
             shape = client.shapes.get(component.key)
@@ -289,9 +296,11 @@ class Engine(Moves):
             running = self._protected(None) | {u.key for u in component.units}
             others = [u for u in self.residency.held() if u not in running]
             client.memory.ran_out(shape)
-            if not others:
+            if again or not others:
                 client.memory.ran_out(shape)  # it was alone
             self._drop(others)
+            if again and component.streamable and not component.fixed:
+                self.stream_out(component, [u for u in component.order if u in self.transport.flights])
             self._segments.pop(threading.get_ident(), None)
             self._give_back()
             if component.streamable and shape in client.memory.tight:
@@ -313,7 +322,7 @@ class Engine(Moves):
                 client.entered.clear()
                 client.available = client.memory.took_nbytes = 0
                 self._sampled.clear()
-                self._retries = self.lanes.retries()
+                self._retries, self._ladder = self.lanes.retries(), self.recorder.counts["ladder"]
                 for component in try_out(self, client) if client.calls <= EARLY else ():
                     if not component.bound:
                         self._refresh(component, sampled=False)
@@ -374,18 +383,22 @@ class Engine(Moves):
             if failed:
                 client.order.start()
                 return
-            if retries > 0 and client.plan is not None:
-                self._spare()
+            short = retries > (_BORNE if self.recorder.counts["ladder"] == self._ladder else 0)
+            more = short and client.plan is not None and self._spare()
             client.followed, client.followed_because = client.plan, client.planned_because
             client.order.finish()
             client.memory.commit()
+            if more:
+                client.memory.forgive()
             client.excess, client.memory.took_nbytes = excess_of(self, client), 0
             self.fill_idle(client)
 
-    def _spare(self) -> None:
-        """A call that went by a plan met free memory in pieces too small for it: plans made from what is free leave more."""
-        total = self.lanes.total_nbytes()
-        self.spared_nbytes = min(self.spared_nbytes + total // _SPARED, total // _MOST_SPARED)
+    def _spare(self) -> bool:
+        """A call that went by a plan met free memory in pieces too small for it: plans leave more of what is free. False: they
+        do already, as much as they may."""
+        before, total = self.spared_nbytes, self.lanes.total_nbytes()
+        self.spared_nbytes = min(max(2 * before, total // _SPARED), total // _MOST_SPARED)
+        return self.spared_nbytes > before
 
     def show_masters(self, components: list[Component]) -> None:
         """These components show their host weights; device copies stay."""

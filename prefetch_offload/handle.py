@@ -17,6 +17,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from . import segments
 from . import trace as tracing
 from .adapter import pipeline as adapter
 from .adapter.entry import attach, is_cut_off
@@ -84,6 +85,7 @@ def _pipeline_gone(handle: weakref.ref[Offload], clients: weakref.WeakSet[Client
         if offload is not None:
             offload._leftovers.update(client.components.values())
         client.components.clear()
+    segments.leave(offload)
 
 
 class Offload:
@@ -143,6 +145,7 @@ class Offload:
             check_addresses(pipe, settings, self.device)
         self._session.settings = client.settings = settings
         self._engine.rebudget(client, settings.budget)
+        self._suit_allocator()
 
     @property
     def device(self) -> torch.device:
@@ -152,6 +155,20 @@ class Offload:
     @property
     def _engine(self) -> Engine:
         return self._session.engine
+
+    def _suit_allocator(self) -> None:
+        """Free memory is put together where the pipeline does not fit well ([Note: segments])."""
+        wanted, engine, client = self.settings.expandable_segments, self._engine, self._session.client
+        if wanted is None:
+            budget = client.memory.budget
+            room = 0 if budget == "stock" else budget if isinstance(budget, int) else engine.available(client)
+            needed = 2 * sum(c.nbytes for c in client.components.values()) > room
+        else:
+            needed = wanted
+        if needed:
+            segments.use(self, self.device, wanted)
+        else:
+            segments.leave(self)
 
     # ------------------------------------------------------------------ figures
     @property
@@ -219,6 +236,7 @@ class Offload:
         client.components.clear()
         adapter.let_go(pipe)
         engine.lanes.empty_cache()
+        segments.leave(self)
 
     def _unhook_all(self, pipe: DiffusionPipeline) -> None:
         modules = [m for m in pipe.components.values() if isinstance(m, nn.Module)]

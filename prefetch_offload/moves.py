@@ -146,9 +146,12 @@ class Moves(Holdings):
         return None
 
     def available(self, client: Client) -> int:
-        """Device bytes that weights could take if nothing ran: held now, plus free, less the reserve and what is spared."""
+        """Device bytes that weights could take if nothing ran: held now, plus free, less what is spared and, unless the budget
+        is a number, the reserve."""
         reserve = self.settings.reserve
-        if reserve is None:
+        if isinstance(client.memory.budget, int):
+            reserve = 0
+        elif reserve is None:
             total = self.lanes.total_nbytes()
             reserve = min(max(256 * MIB, total // 25), total // 10)
         idle = self.addresses.idle_nbytes if self.addresses is not None else 0

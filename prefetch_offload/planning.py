@@ -118,7 +118,8 @@ def budget_of(engine: Engine, client: Client) -> int | None:
     if budget == "stock":
         floor = client.memory.stock_floor()
         return None if floor is None else min(floor, engine.available(client))
-    return budget if isinstance(budget, int) else engine.available(client)
+    available = engine.available(client)
+    return min(budget, available) if isinstance(budget, int) else available
 
 
 def replan(engine: Engine, client: Client) -> None:
@@ -132,8 +133,6 @@ def replan(engine: Engine, client: Client) -> None:
     workload, budget = workload_of(engine, client), budget_of(engine, client)
     if workload is None or budget is None:
         return
-    if client.memory.alone or client.memory.tight:
-        budget = min(budget, engine.available(client))  # the device has less than it said
     why = _reason(client, workload, budget)
     if not why:
         if client.plan is not None and measured:  # the same shares; what they come to is by the latest figures

@@ -74,7 +74,7 @@ def encoded(stats: Stats) -> list[str]:
     shown = [
         f"{c.name} {c.nbytes / MIB:.1f} MiB as {c.link_nbytes / MIB:.1f} MiB"
         for c in stats.components
-        if c.link_nbytes < 0.99 * c.nbytes
+        if c.encoded
     ]
     if not shown:
         return []

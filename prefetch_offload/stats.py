@@ -48,6 +48,7 @@ class ComponentStats:
         recompiles: the reason of each recompile: function, and the guard that failed.
         compiled_in_call: the same three of the last call; None as above.
         link_nbytes: what loading all of it puts on the link: less than `nbytes` where weights travel encoded.
+        encoded: some of it does.
         host_nbytes: host memory that its weights take, encoded ones included.
         filed_nbytes: bytes of weights that lie in files instead, since what travels in their place is in memory.
     """
@@ -68,6 +69,7 @@ class ComponentStats:
     recompiles: tuple[str, ...] = ()
     compiled_in_call: Compiles | None = None
     link_nbytes: int = 0
+    encoded: bool = False
     host_nbytes: int = 0
     filed_nbytes: int = 0
     stalled_ms: float = 0.0
@@ -303,6 +305,7 @@ def collect(engine: Engine, client: Client) -> Stats:
                 stalled_ms=_on(timeline, "stalls", component.key),
                 compute_ms=_on(timeline, "compute", component.key),
                 link_nbytes=sum(u.payload_nbytes for u in component.units),
+                encoded=any(u.travels_encoded for u in component.units),
                 host_nbytes=sum(u.host_nbytes for u in component.units),
                 filed_nbytes=sum(u.filed_nbytes for u in component.units),
                 **_compiles(component),

@@ -304,9 +304,10 @@ def test_a_budget_holds_weights_and_activations(budget: int, history: History, a
     for shape, (weights, runs) in history.items():
         aside = memory.set_aside(shape)
         assert max(runs) + spare <= aside <= max(runs) * 65 // 64 + max(spare, 16 * KIB) and aside > max(runs)
-        assert memory.cap(shape, weights, available) + aside == max(budget, weights + aside)
-        for least in (0, weights // 3):  # what can be streamed needs less
-            assert memory.cap(shape, weights, available, least) + aside == max(budget, least + aside)
+        for least in (weights, 0, weights // 3):  # what can be streamed needs less
+            room = memory.cap(shape, weights, available, least)
+            assert room == max(least, min(budget - aside, available - max(runs)))
+            assert memory.cap(shape, weights, budget + aside, least) + aside == max(budget, least + aside), "there is enough"
 
 
 @settings(deadline=None, max_examples=100)
@@ -348,6 +349,9 @@ def test_a_shape_that_ran_out_runs_alone_for_good(budget: int | str | None) -> N
         assert memory.cap("a", 50, 5000, 20) == 50
         memory.ran_out("a")
         assert memory.cap("a", 50, 5000, 20) == 20, "alone, it ran out again: from now on it is streamed"
+    memory.ran_out("unmeasured")
+    memory.forgive()  # there is more to spare
+    assert memory.cap("a", 50, 5000) > 50 and memory.alone == {"unmeasured"}
 
 
 def test_a_large_component_starts_within_part_of_the_budget() -> None:
@@ -368,13 +372,13 @@ def test_the_most_that_was_ever_measured_counts_once_its_call_is_over(calls: lis
         for activations in runs:
             memory.learn("shape", activations, weights)
             assert memory.knows("shape") is (known is not None)
-            assert memory.cap("shape", weights, 0) == (weights if known is None else 10**6 - memory.set_aside("shape"))
+            assert memory.cap("shape", weights, 10**9) == (weights if known is None else 10**6 - memory.set_aside("shape"))
         memory.commit()
         known = max(runs if known is None else [known, *runs])
         assert memory.activations == {"shape": known}
         assert memory.needs == {"shape": weights + known}
         assert memory.stock_floor() == weights + known
-        assert memory.cap("shape", weights, 0) == 10**6 - memory.set_aside("shape")
+        assert memory.cap("shape", weights, 10**9) == 10**6 - memory.set_aside("shape")
 
 
 def test_a_commit_without_runs_changes_nothing() -> None:

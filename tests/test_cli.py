@@ -256,7 +256,7 @@ GIB = 1 << 30
 HEALTHY = doctor_command.Facts(
     versions={"torch": "2.13.0"}, system="", wsl=False, accelerator="cuda:0", name="GPU", simulated=False,
     device_memory=24 * GIB, link=Link(25.0, 25.0, 6.0, 2.0), host_memory=64 * GIB, host_available=60 * GIB, swap_used=0,
-    cgroup=None, pinnable=57 * GIB, memlock=None, compiler="c++", ninja=True, expandable=True,
+    cgroup=None, pinnable=57 * GIB, memlock=None, compiler="c++", ninja=True,
 )  # fmt: skip
 
 
@@ -267,7 +267,7 @@ HEALTHY = doctor_command.Facts(
         ({"versions": {"torch": "2.8.1+cu128"}}, "2.8.1+cu128 is older"),
         ({"link": Link(None, None, 6.0, 2.0)}, "cannot be pinned"),
         ({"link": Link(3.1, 3.0, 2.0, 1.0)}, "3.1 GB/s"),
-        ({"expandable": False}, "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"),
+        ({"in_pieces": "PyTorch has them on Linux only"}, "since PyTorch has them on Linux only"),
         ({"wsl": True}, "WSL"),
         ({"swap_used": 2 * GIB}, "2.0 GiB are swapped out"),
         ({"cgroup": 16 * GIB, "pinnable": 14 * GIB}, "16.0 of the host's 64.0 GiB"),
@@ -278,24 +278,6 @@ def test_doctor_says_what_would_be_slow(change: dict[str, Any], says: str) -> No
     found = doctor_command.findings(dataclasses.replace(HEALTHY, **change))
     assert len(found) == 1
     assert says in found[0].what + found[0].do
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "expected"),
-    [
-        ("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True", True),
-        ("PYTORCH_ALLOC_CONF", "max_split_size_mb:512, expandable_segments : true", True),
-        ("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:False", False),
-        ("PYTORCH_CUDA_ALLOC_CONF", "", False),
-    ],
-)
-def test_doctor_reads_the_allocators_settings(
-    name: str, value: str, expected: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for other in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
-        monkeypatch.delenv(other, raising=False)
-    monkeypatch.setenv(name, value)
-    assert doctor_command._expandable() is expected
 
 
 # ------------------------------------------------------------------ picture

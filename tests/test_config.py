@@ -87,22 +87,22 @@ def test_every_setting_is_taken_over() -> None:
         "prefetch": False, "pin": False, "pinned_limit": "3GiB", "reserve": 5, "unit_min": "1MiB", "unit_max": "2MiB",
         "staging": "8MiB", "fingerprints": False, "strategy": max, "transport": "packed", "originals": "memory",
         "transport_overflow": True,
-        "strict_compile": True, "stable_addresses": True, "verify": True,
+        "strict_compile": True, "stable_addresses": True, "expandable_segments": True, "verify": True,
     }  # fmt: skip
     assert values.keys() | {"budget"} == {f.name for f in dataclasses.fields(Settings)}
     made = Settings.make("1GB", **values)
     sizes = (10**9, False, False, 3 * GIB, 5, MIB, 2 * MIB, 8 * MIB)
-    assert made == Settings(*sizes, False, max, "packed", "memory", True, True, True, True)
+    assert made == Settings(*sizes, False, max, "packed", "memory", True, True, True, True, True)
 
 
 def test_nothing_set_means_the_defaults() -> None:
     assert Settings() == Settings(
         budget=None, prefetch=True, pin=True, pinned_limit=None, reserve=None, unit_min=16 * MIB, unit_max=256 * MIB,
         staging=64 * MIB, fingerprints=True, strategy=None, transport="raw", originals="file", transport_overflow=False,
-        strict_compile=False, stable_addresses=None, verify=False,
+        strict_compile=False, stable_addresses=None, expandable_segments=None, verify=False,
     )  # fmt: skip
     assert Settings.make() == Settings()
-    assert Settings.make(pinned_limit=None, reserve=None, stable_addresses=None) == Settings()
+    assert Settings.make(pinned_limit=None, reserve=None, stable_addresses=None, expandable_segments=None) == Settings()
 
 
 def test_equal_unit_sizes_are_fine() -> None:

@@ -16,6 +16,7 @@ from prefetch_offload_kernels import available
 from test_transport_codecs import fp8_rounded
 
 import prefetch_offload
+from prefetch_offload import segments
 from prefetch_offload.config import Settings
 from prefetch_offload.host import Pins, Slab
 from prefetch_offload.testing.pipelines import CASES, scaled
@@ -82,6 +83,55 @@ def test_a_budget_in_bytes(name: str, share: float) -> None:
         assert offload.hazards == []
         assert not offload.stats.counts
         assert sum(c.exposed_ms + c.hidden_ms for c in offload.stats.components) > 0
+
+
+@pytest.fixture
+def allowed() -> Iterator[Any]:
+    """Returns a function by which this process may take only so much more of the device."""
+
+    def allow(nbytes: int) -> None:
+        torch.cuda.empty_cache()
+        total = torch.cuda.mem_get_info()[1]
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + nbytes) / total)
+
+    yield allow
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@pytest.mark.parametrize("together", [None, False], ids=["as-it-comes", "in-pieces"])
+@pytest.mark.parametrize("name", ["sdxl", "flux"])
+def test_a_device_as_small_as_the_budget(name: str, together: bool | None, allowed: Any) -> None:
+    """Free memory is short, and lies in pieces: the resident images all the same, in every call."""
+    case, inputs = BUDGETED[name]
+    pipe = case.build().to("cuda")
+    truth = [np.asarray(case.call(pipe, seed=seed, **inputs)) for seed in range(5)]
+    pipe.to("cpu")
+    del pipe
+    pipe = case.build()
+    budget = int(0.6 * weight_nbytes(pipe))
+    gc.collect()
+    settings = {"unit_min": 64 << 10, "unit_max": 512 << 10, "expandable_segments": together}
+    with prefetch_offload.enable(pipe, budget=budget, verify=True, **settings) as offload:
+        allowed(budget + (24 << 20))  # the allocator's own segments are of 20 MiB, and of 2
+        assert_same([np.asarray(case.call(pipe, seed=seed, **inputs)) for seed in range(5)], truth)
+        assert offload.hazards == []
+
+
+def test_free_pieces_are_put_together() -> None:
+    """By PyTorch's allocator, while a pipeline is enabled that needs it."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    before = segments._read()
+    if before.on or segments.never(device) is not None:
+        pytest.skip(f"expandable segments: {segments.never(device) or 'on already'}")
+    case, inputs = BUDGETED["flux"]
+    pipe = case.build()
+    with prefetch_offload.enable(pipe, budget=int(0.6 * weight_nbytes(pipe)), unit_min=64 << 10, unit_max=512 << 10):
+        case.call(pipe, **inputs)
+        assert segments._read().on
+        assert any(s["is_expandable"] for s in torch.cuda.memory._snapshot()["segments"])
+    assert not segments._read().on
+    with prefetch_offload.enable(pipe):  # all of it fits, many times over
+        assert not segments._read().on
 
 
 @pytest.mark.parametrize("way", ["packed", "fp8"])

@@ -119,11 +119,12 @@ def test_what_is_planned_from_what_is_free_leaves_more_where_free_memory_is_in_p
     monkeypatch.setattr(engine.lanes, "_figures", lambda: {"num_alloc_retries": retries})
     starts = engine.start_call
 
-    def call(within: int, without: int = 0) -> None:
+    def call(within: int, without: int = 0, ladder: int = 0) -> None:
         def start_call(*args: Any) -> None:
             nonlocal retries
             starts(*args)
             retries += within
+            engine.recorder.count("ladder", ladder)
 
         nonlocal retries
         retries += without
@@ -131,21 +132,26 @@ def test_what_is_planned_from_what_is_free_leaves_more_where_free_memory_is_in_p
         images.append(np.asarray(case.call(pipe, seed=0)))
 
     images: list[Any] = []
-    call(2)  # goes by no plan yet: how much is needed was not known
+    call(20)  # goes by no plan yet: how much is needed was not known
     assert engine.spared_nbytes == 0
     call(0, without=7)  # between calls it is others' affair
     (client,) = engine.clients
     assert engine.spared_nbytes == 0 and client.plan is not None
     before = client.plan.budget_nbytes
+    call(4)
+    assert engine.spared_nbytes == 0, "that costs less than to stream more"
     for _ in range(2):
-        call(3)
+        call(5)
     call(0)
-    assert engine.spared_nbytes == 2 * (total // 32) and offload.stats.counts["cache given back"] == 8
+    assert engine.spared_nbytes == 2 * (total // 32) and offload.stats.counts["cache given back"] == 34
     assert client.plan is not None
     assert client.plan.budget_nbytes == pytest.approx(before - engine.spared_nbytes, abs=total // 100)
     assert all(np.array_equal(image, images[0]) for image in images)
-    for _ in range(7):
-        call(1)
+    engine.recorder.count("ladder")  # in no call
+    call(1)
+    assert engine.spared_nbytes == 2 * (total // 32)
+    for _ in range(3):
+        call(1, ladder=1)
     assert engine.spared_nbytes == total // 4
     offload.budget = None
     assert engine.spared_nbytes == 0

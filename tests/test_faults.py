@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same, refuse_each, resident, settle
+from conftest import assert_same, refuse_each, resident, settle, weight_nbytes
 from interrupts import interrupts
 
 from prefetch_offload.testing.pipelines import CASES
@@ -102,6 +102,46 @@ def test_a_tight_device_is_survived_and_planned_for(truth: Any, sim: Any, enable
     assert_same([call(pipe)], [truth])
     assert offload.stats.counts.get("ladder", 0) == before
     sim.configure(1 << 50, 0, 0, 0)
+
+
+@pytest.mark.parametrize("budget", [None, 0.6])
+def test_what_is_free_may_lie_in_pieces_between_its_own_units(truth: Any, sim: Any, enable: Any, budget: Any) -> None:
+    """Others have gone, and there is still no memory in one piece: its own units go, too, and come back one by one."""
+    pipe = CASE.build()
+    nbytes = None if budget is None else int(budget * weight_nbytes(pipe))
+    offload = enable(pipe, budget=nbytes, unit_min=16 << 10, unit_max=64 << 10)
+    for _ in range(2):
+        assert_same([call(pipe)], [truth])
+    own = {c.name: c.nbytes for c in offload.stats.components}["transformer"]
+    engine, held = offload._engine, []
+
+    def refuse(*args: Any) -> None:
+        held.append(sum(engine.units[u].nbytes for u in engine.residency.held()))
+        if len(held) <= 2:
+            raise torch.OutOfMemoryError("simgpu out of memory")
+
+    handle = pipe.transformer.transformer_blocks[-1].register_forward_pre_hook(refuse)
+    assert_same([call(pipe)], [truth])
+    assert offload.stats.counts["ladder"] == 2
+    assert held[1] <= own and held[2] < held[1], "first the others went, then all that can come back"
+    held[:] = [0, 0]
+    assert_same([call(pipe)], [truth])
+    handle.remove()
+    assert max(held[2:]) <= held[2], "it goes on with as little as it can"
+    assert_same([call(pipe)], [truth])
+    assert offload.hazards == [] and offload.stats.counts["ladder"] == 2
+
+    def never(*args: Any) -> None:
+        held.append(0)
+        raise torch.OutOfMemoryError("simgpu out of memory")
+
+    held.clear()
+    handle = pipe.transformer.transformer_blocks[-1].register_forward_pre_hook(never)
+    with pytest.raises(torch.OutOfMemoryError):
+        call(pipe)
+    handle.remove()
+    assert len(held) == 3
+    assert_same([call(pipe)], [truth])
 
 
 def test_device_generator_is_restored_before_the_second_try(sim: Any, enable: Any) -> None:

@@ -247,19 +247,21 @@ class CpuOffload(accelerate.hooks.CpuOffload):
         component.running += 1
         component.threads.add(thread)
         try:
-            try:
-                return _through(component, call, args, kwargs)
-            except RuntimeError as error:
-                if not retry or not is_out_of_memory(error):
-                    raise
-                if versions != [t._version for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]:
-                    raise  # its inputs are no longer what they were
-                if _keeps_state(module):
-                    raise
-            # Out of the handler, so that the failed forward's frames and their tensors are gone.
-            engine.out_of_memory(component)
-            lanes.set_generator_state(state)
-            return _through(component, call, args, kwargs)
+            failed = 0
+            while True:
+                try:
+                    return _through(component, call, args, kwargs)
+                except RuntimeError as error:
+                    if not retry or not is_out_of_memory(error):
+                        raise
+                    if versions != [t._version for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]:
+                        raise  # its inputs are no longer what they were
+                    if failed >= (2 if component.streamable else 1) or _keeps_state(module):
+                        raise
+                # Out of the handler, so that the failed forward's frames and their tensors are gone.
+                engine.out_of_memory(component, again=failed > 0)
+                failed += 1
+                lanes.set_generator_state(state)
         finally:
             component.threads.discard(thread)
             component.running -= 1

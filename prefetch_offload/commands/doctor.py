@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from .. import segments
 from ..config import GIB, MIB
 from ..memory import cgroup_limit, pinnable_nbytes
 from . import devices, link
@@ -40,7 +41,8 @@ class Facts:
         pinnable: how much this package would pin.
         memlock: RLIMIT_MEMLOCK; None: unlimited.
         compiler, ninja: what the simulated accelerator is built with.
-        expandable: PyTorch's allocator for CUDA puts free pieces together (`expandable_segments`); None: there is no CUDA.
+        in_pieces: why PyTorch's allocator for CUDA will not put free pieces of device memory together (`expandable_segments`);
+            None: it does where `enable` asks for it, or there is no CUDA.
     """
 
     versions: dict[str, str | None]
@@ -59,7 +61,7 @@ class Facts:
     memlock: int | None
     compiler: str | None
     ninja: bool
-    expandable: bool | None = None
+    in_pieces: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,14 +101,8 @@ def gather(simulate: bool) -> Facts:
         memlock=_memlock(),
         compiler=shutil.which((shlex.split(os.environ.get("CXX", "")) or ["c++"])[0]),
         ninja=util.find_spec("ninja") is not None or shutil.which("ninja") is not None,
-        expandable=_expandable() if device is not None and device.type == "cuda" else None,
+        in_pieces=segments.never(device) if device is not None and device.type == "cuda" else None,
     )
-
-
-def _expandable() -> bool:
-    # The second name is that of newer releases, for all accelerators.
-    settings = [os.environ.get(name, "") for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")]
-    return "expandable_segments:true" in ",".join(settings).lower().replace(" ", "")
 
 
 def _memory_of(device: torch.device) -> int | None:
@@ -166,11 +162,12 @@ def findings(facts: Facts) -> list[Finding]:
             f"The link is slow: {measured.h2d_pinned_gbps:.1f} GB/s from pinned memory, where PCIe 3 x16 gives 12.",
             "See that the card sits in an x16 slot (`nvidia-smi -q -d PCIE`); prefer budgets that keep more on the device.",
         )
-    if facts.expandable is False:
+    if facts.in_pieces is not None:
         note(
-            "PyTorch's allocator keeps free device memory in the pieces that it came in: near the limit of the card it gives "
-            "some back again and again, for which the host waits.",
-            "Set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, see `What the driver shows` in docs/choosing-a-budget.md.",
+            f"PyTorch's allocator leaves free device memory in the pieces that it came in, since {facts.in_pieces}. Near the "
+            "limit of the card it gives some back again and again, for which the host waits.",
+            "Plans leave more free after calls in which that happened; a smaller `budget` does from the first. See `What the "
+            "driver shows` in docs/choosing-a-budget.md.",
         )
     if facts.wsl:
         note(

@@ -13,7 +13,7 @@ import sysconfig
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SOURCES = ("cudart.cpp", "cuda.cpp", "operators.cpp", "state.h")
+SOURCES = ("cudart.cpp", "cuda.cpp", "nvml.cpp", "operators.cpp", "state.h")
 # PyTorch calls it when it is imported (the entry points `torch.backends`).
 PLUGIN = """\
 import warnings
@@ -56,6 +56,9 @@ def build() -> Path:
     behind = [f"-L{folder}", f"-l:{runtime}", "-ldl"]
     driver = [*library, str(HERE / "cuda.cpp"), "-o", str(folder / "libcuda.so.1"), "-Wl,-soname,libcuda.so.1", *behind]
     subprocess.run(driver, check=True)
+    management = "libnvidia-ml.so.1"
+    named = ["-o", str(folder / management), f"-Wl,-soname,{management}"]
+    subprocess.run(["g++", "-O1", "-fPIC", "-shared", str(HERE / "nvml.cpp"), *named], check=True)
     lib = site / "torch" / "lib"
     includes = [f"-I{i}" for i in (headers.parent, site / "torch/include", site / "torch/include/torch/csrc/api/include")]
     includes.append(f"-I{sysconfig.get_path('include')}")
@@ -75,7 +78,7 @@ def build() -> Path:
 def main() -> None:
     folder = build()
     root = HERE.parents[1]
-    preload = [str(p) for p in (*folder.glob("libcudart.so.*"), folder / "libcuda.so.1")]
+    preload = [str(p) for p in (*folder.glob("libcudart.so.*"), folder / "libcuda.so.1", folder / "libnvidia-ml.so.1")]
     path = [str(folder), str(root), str(root / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ.update(
         LD_PRELOAD=":".join(preload), PYTHONPATH=":".join(path), TRITON_LIBCUDA_PATH=str(folder), TORCH_CPP_LOG_LEVEL="ERROR"

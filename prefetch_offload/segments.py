@@ -1,0 +1,156 @@
+"""PyTorch's allocator for CUDA is told to put free pieces together while pipelines are enabled that do not fit.
+
+# [Note: segments]
+By itself the allocator takes memory from the device in segments, one for each large tensor, and what is free in one cannot
+be put together with what is free in another. Weights of many sizes that come and go among activations leave free memory in
+pieces that are too small: near the limit of the card the allocator gives segments back again and again, for which the host
+waits, and in the end there is none that is large enough. With expandable segments there is one range of addresses for all,
+whose free parts grow together, and pages are given back out of its middle. Full-size SDXL in 5 GiB, in PyTorch's own
+allocator over a stand-in for the driver: 8.1 GiB reserved without, 6.7 with; on a device of 5.5 GiB out of memory without,
+and not with.
+
+They are a setting of the process, so it is changed only where it is needed, nothing is known to speak against it, and nobody
+has decided otherwise; and changed back when the last pipeline that needed it is disabled. Segments that are there stay what
+they are.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .errors import SettingError
+
+_NAME = "expandable_segments"
+
+
+@dataclass(frozen=True)
+class _State:
+    """What the allocator was told last, as text; what holds now; and whether blocks above a size are never split."""
+
+    text: str
+    on: bool
+    splits: bool
+
+
+@dataclass
+class _Told:
+    """What was changed: from which text, to which."""
+
+    before: str
+    after: str
+
+
+_lock = threading.RLock()
+_users: weakref.WeakSet[Any] = weakref.WeakSet()
+_told: _Told | None = None  # while there are users
+_restored: _Told | None = None  # the last change back: that text is ours, not a decision of the user's
+
+
+def _read() -> _State:
+    found = torch.cuda.memory._snapshot()["allocator_settings"]
+    return _State(str(found["PYTORCH_CUDA_ALLOC_CONF"]), bool(found[_NAME]), int(found["max_split_size"]) < 0)
+
+
+def _write(text: str) -> None:
+    # A new text sets back whatever it does not name, except for expandable segments.
+    tell = getattr(torch._C, "_accelerator_setAllocatorSettings", None) or torch.cuda.memory._set_allocator_settings
+    tell(text)
+
+
+def why_not(device: torch.device) -> str | None:
+    """Why free pieces cannot be put together on `device`; None: they can be, or are."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return f"{device.type} has none: they are PyTorch's for CUDA"
+    if sys.platform != "linux":
+        return "PyTorch has them on Linux only"
+    if torch.cuda.get_allocator_backend() != "native":
+        return f"PyTorch's own allocator is not in use, but {torch.cuda.get_allocator_backend()!r}"
+    try:
+        state = _read()
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return f"this PyTorch does not tell: set PYTORCH_CUDA_ALLOC_CONF={_NAME}:True"
+    if not state.on and not state.splits:
+        return "max_split_size_mb is set, with which they do not give memory back (PyTorch's issue 123548)"
+    return None
+
+
+def never(device: torch.device) -> str | None:
+    """Why `use` will not put them together unless it is asked to; None: it will, or they are."""
+    why = why_not(device)
+    if why is None and not (state := _read()).on and decided(state):
+        why = f"{_NAME}:False was set"
+    return why
+
+
+def decided(state: _State) -> bool:
+    """Somebody else has said whether there are to be expandable segments."""
+    return _NAME in state.text and (_restored is None or state.text != _restored.after)
+
+
+def check(device: torch.device) -> None:
+    """Refuse to put free pieces together where that cannot be.
+
+    Raises:
+        SettingError: with why.
+    """
+    why = why_not(device)
+    if why is not None:
+        raise SettingError(f"expandable_segments=True on {device}: {why}. Leave it out, to have it where it can be.")
+
+
+def use(user: object, device: torch.device, wanted: bool | None) -> bool:
+    """`user` needs free pieces put together.
+
+    Args:
+        user: until `leave(user)`, or until it is gone.
+        wanted: True: whatever was said elsewhere; None: unless somebody has decided otherwise.
+
+    Returns:
+        Whether they are put together now.
+    """
+    global _told
+    with _lock:
+        if why_not(device) is not None:
+            return False
+        state = _read()
+        if state.on:
+            if _told is not None:
+                _users.add(user)
+            return True
+        if wanted is None and decided(state):
+            return False
+        before = _restored.before if _restored is not None and state.text == _restored.after else state.text
+        after = ",".join([*filter(None, [_without(before)]), f"{_NAME}:True"])
+        _write(after)
+        if not _read().on:  # PyTorch has warned, with why
+            return False
+        _told = _Told(before, after)
+        _users.add(user)
+        return True
+
+
+def leave(user: object | None) -> None:
+    """`user` needs it no longer; None: one that is gone. With the last one, the allocator is told what it was told before."""
+    global _told, _restored
+    with _lock:
+        if user is not None:
+            _users.discard(user)
+        if _users or _told is None:
+            return
+        told, _told = _told, None
+        if _read().text != told.after:
+            return  # somebody has decided since
+        off = ",".join([*filter(None, [_without(told.before)]), f"{_NAME}:False"])
+        _write(off)
+        _restored = _Told(told.before, off)
+
+
+def _without(text: str) -> str:
+    """The settings in `text`, less that of expandable segments."""
+    return ",".join(part for part in text.split(",") if part.split(":")[0].strip() != _NAME and part.strip())
