@@ -142,6 +142,8 @@ def parts(device: str, model: str | None = None) -> list[Part]:
         offload(device, "flux", 330, flux, all_flux, long, calls=2, keep=True, enough=12),
         offload(device, "sdxl-compiled", 130, sdxl, TELLING, usual, compiled="regional"),
         offload(device, "sdxl-peers", 150, sdxl, (*TELLING, *peers(device, "stock")), usual),
+        # Whether a budget holds where the device has no more, which no card as large as an H200 would show by itself.
+        Part("pieces", 100, ("-m", "benchmarks.pieces", "--calls", "4"), least=60),
         offload(device, "flux-peers", 270, flux, ("resident", ours[2], *peers(device, middle, PEERS[:4])), long),
         offload(device, "sdxl-whole", 130, sdxl, ("resident", "ours:stock"), most, compiled="whole"),
         offload(device, "sdxl-steps", 80, sdxl, TELLING, (1, 4) if small else (1, 8, 50), keep=True),
@@ -163,7 +165,7 @@ def parts(device: str, model: str | None = None) -> list[Part]:
         plots,
     ]
     # Without a GPU there is nothing to see of tests but that they are found and skipped: once is enough.
-    return [p for p in found if not small or p.name not in ("tests-kernels", "kernels", "sanitizer")]
+    return [p for p in found if not small or p.name not in ("tests-kernels", "kernels", "sanitizer", "pieces")]
 
 
 def further(device: str) -> list[Part]:

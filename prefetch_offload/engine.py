@@ -15,7 +15,7 @@ from .errors import OffloadError
 from .least import excess_of
 from .moves import Moves
 from .planner import plan_entry
-from .planning import ASSUMED_GBPS, EARLY, replan, try_out
+from .planning import ASSUMED_GBPS, EARLY, budget_of, replan, try_out
 from .residency import State
 from .simulator import Link
 from .streaming import Stream
@@ -384,7 +384,7 @@ class Engine(Moves):
                 client.order.start()
                 return
             short = retries > (_BORNE if self.recorder.counts["ladder"] == self._ladder else 0)
-            more = short and client.plan is not None and self._spare()
+            more = short and self._spare(client)
             client.followed, client.followed_because = client.plan, client.planned_because
             client.order.finish()
             client.memory.commit()
@@ -393,11 +393,16 @@ class Engine(Moves):
             client.excess, client.memory.took_nbytes = excess_of(self, client), 0
             self.fill_idle(client)
 
-    def _spare(self) -> bool:
+    def _spare(self, client: Client) -> bool:
         """A call that went by a plan met free memory in pieces too small for it: plans leave more of what is free. False: they
-        do already, as much as they may."""
-        before, total = self.spared_nbytes, self.lanes.total_nbytes()
-        self.spared_nbytes = min(max(2 * before, total // _SPARED), total // _MOST_SPARED)
+        do already, as much as they may, or there was none."""
+        if client.plan is None:
+            return False
+        before, total, now = self.spared_nbytes, self.lanes.total_nbytes(), client.plan.budget_nbytes
+        self.spared_nbytes = 0
+        wanted = budget_of(self, client) or now
+        less = min(max(2 * (wanted - now), total // _SPARED), total // _MOST_SPARED)
+        self.spared_nbytes = max(before, self.available(client) - (wanted - less))  # what it does not want is spared anyway
         return self.spared_nbytes > before
 
     def show_masters(self, components: list[Component]) -> None:

@@ -106,32 +106,44 @@ def test_units_ask_for_what_they_count(sim: Any) -> None:
     assert lanes.hazards == []
 
 
-def test_what_is_planned_from_what_is_free_leaves_more_where_free_memory_is_in_pieces(
-    sim: Any, enable: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The allocator says so: it gave back what it had cached, for which the host waits, in the middle of a call."""
-    case = CASES["flux"]
-    pipe = case.build()
-    total = sim.counters()["allocated"] + int(0.9 * weight_nbytes(pipe)) + 4 * MIB
-    sim.configure(total, 0, 0, 0)
-    offload = enable(pipe, unit_min=64 << 10, unit_max=512 << 10)
-    engine, retries = offload._engine, 0
-    monkeypatch.setattr(engine.lanes, "_figures", lambda: {"num_alloc_retries": retries})
-    starts = engine.start_call
+@pytest.fixture
+def pieces(sim: Any, enable: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Returns a function that enables a pipeline in a budget, and returns the handle, the device's bytes, and a function that
+    calls the pipeline while the allocator gives back what it had cached so many times."""
 
-    def call(within: int, without: int = 0, ladder: int = 0) -> None:
-        def start_call(*args: Any) -> None:
+    def make(budget: int | None) -> Any:
+        case = CASES["flux"]
+        pipe = case.build()
+        total = sim.counters()["allocated"] + int(0.9 * weight_nbytes(pipe)) + 4 * MIB
+        sim.configure(total, 0, 0, 0)
+        offload = enable(pipe, budget=budget, unit_min=64 << 10, unit_max=512 << 10)
+        engine, retries = offload._engine, 0
+        monkeypatch.setattr(engine.lanes, "_figures", lambda: {"num_alloc_retries": retries})
+        starts = engine.start_call
+
+        def call(within: int, without: int = 0, ladder: int = 0) -> None:
+            def start_call(*args: Any) -> None:
+                nonlocal retries
+                starts(*args)
+                retries += within
+                engine.recorder.count("ladder", ladder)
+
             nonlocal retries
-            starts(*args)
-            retries += within
-            engine.recorder.count("ladder", ladder)
+            retries += without
+            monkeypatch.setattr(engine, "start_call", start_call)
+            images.append(np.asarray(case.call(pipe, seed=0)))
+            assert np.array_equal(images[-1], images[0])
 
-        nonlocal retries
-        retries += without
-        monkeypatch.setattr(engine, "start_call", start_call)
-        images.append(np.asarray(case.call(pipe, seed=0)))
+        images: list[Any] = []
+        return offload, total, call
 
-    images: list[Any] = []
+    return make
+
+
+def test_what_is_planned_from_what_is_free_leaves_more_where_free_memory_is_in_pieces(pieces: Any) -> None:
+    """The allocator says so: it gave back what it had cached, for which the host waits, in the middle of a call."""
+    offload, total, call = pieces(None)
+    engine = offload._engine
     call(20)  # goes by no plan yet: how much is needed was not known
     assert engine.spared_nbytes == 0
     call(0, without=7)  # between calls it is others' affair
@@ -146,7 +158,6 @@ def test_what_is_planned_from_what_is_free_leaves_more_where_free_memory_is_in_p
     assert engine.spared_nbytes == 2 * (total // 32) and offload.stats.counts["cache given back"] == 34
     assert client.plan is not None
     assert client.plan.budget_nbytes == pytest.approx(before - engine.spared_nbytes, abs=total // 100)
-    assert all(np.array_equal(image, images[0]) for image in images)
     engine.recorder.count("ladder")  # in no call
     call(1)
     assert engine.spared_nbytes == 2 * (total // 32)
@@ -155,3 +166,22 @@ def test_what_is_planned_from_what_is_free_leaves_more_where_free_memory_is_in_p
     assert engine.spared_nbytes == total // 4
     offload.budget = None
     assert engine.spared_nbytes == 0
+
+
+def test_a_budget_in_bytes_gives_way_where_free_memory_is_in_pieces(pieces: Any) -> None:
+    """At once by as much as it has to before that makes a difference: what it does not want is free already."""
+    offload, total, call = pieces(None)
+    engine, budget = offload._engine, int(0.8 * offload._engine.lanes.total_nbytes())
+    offload.budget = budget
+    for _ in range(2):
+        call(0)
+    (client,) = engine.clients
+    assert client.plan.budget_nbytes == budget
+    for parts in (1, 2, 4, 8, 8):
+        call(5)
+        call(0)
+        assert client.plan.budget_nbytes == pytest.approx(budget - parts * (total // 32), abs=total // 100)
+    offload.budget = budget
+    for _ in range(2):
+        call(0)
+    assert client.plan.budget_nbytes == budget
