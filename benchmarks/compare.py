@@ -6,18 +6,20 @@ python -m benchmarks compare OLD.csv NEW.csv [--band 0.05] [--any-machine]
 from __future__ import annotations
 
 import csv
+import dataclasses
 import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from .rows import KEY
+from .rows import KEY, Row
 
 MACHINE = ("gpu", "host")
 WIDEST = 0.25  # the band of a time whatever the runs' own spread, and of what was measured once, such as a first call
 LINK_BAND = 0.1  # how far the link of two runs may differ before that is said
 MEMORY_BAND = 0.01  # of the allocator's peak, which is the same in every run but for caches of libraries
 RESERVED_BAND = 0.05  # of what it took from the driver, in blocks
+HOST_BAND = 0.25  # of the process's memory, which has whatever ran before in it
 COPIED_SLACK = 1 << 20  # bytes written back: none is what is expected, and a ratio says nothing about none
 
 
@@ -41,6 +43,7 @@ def bands(band: float) -> str:
         f"Noise: {band:.1%} of a time, or three times the runs' own spread if that is more, up to {max(band, WIDEST):.0%}; "
         f"{max(band, WIDEST):.0%} of a first call, and of a time that is of one call; "
         f"{MEMORY_BAND:.0%} of a peak and {RESERVED_BAND:.0%} of what is reserved; "
+        f"{RESERVED_BAND:.0%} of what is copied in or pinned, {HOST_BAND:.0%} of the process's memory; "
         f"{COPIED_SLACK >> 20} MiB written back; no recompile, no row."
     )
 
@@ -49,10 +52,10 @@ def read(path: Path) -> dict[tuple[str, ...], dict[str, str]]:
     """Rows by what they measure. Raises ValueError if the file is no such result."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    if not rows or not {*KEY, *MACHINE} <= set(rows[0]):
-        raise ValueError(
-            f"{path} has no rows of `python -m benchmarks.offload`: its columns have to include {', '.join((*KEY, *MACHINE))}."
-        )
+    needed = {*KEY, *MACHINE, *(f.name for f in dataclasses.fields(Row))}
+    if not rows or not needed <= set(rows[0]):
+        lacking = f"; these are missing: {', '.join(sorted(needed - set(rows[0])))}" if rows else ""
+        raise ValueError(f"{path} has no rows as `python -m benchmarks.offload` writes them{lacking}.")
     return {tuple(row[k] for k in KEY): row for row in rows}
 
 
@@ -128,6 +131,9 @@ def _worse(name: str, was: dict[str, str], now: dict[str, str], band: float) -> 
     grew("first_s", "first call", " s", 1, widest)
     grew("peak_allocated", "peak", " MiB", 2**20, MEMORY_BAND)
     grew("peak_reserved", "peak reserved", " MiB", 2**20, RESERVED_BAND)
+    grew("h2d_nbytes", "copied in", " MiB", 2**20, RESERVED_BAND, COPIED_SLACK)
+    grew("pinned_nbytes", "pinned", " MiB", 2**20, RESERVED_BAND, COPIED_SLACK)
+    grew("rss_nbytes", "the process's memory", " MiB", 2**20, HOST_BAND)
     grew("d2h_nbytes", "written back", " MiB", 2**20, 0.0, COPIED_SLACK)
     grew("recompiles", "recompiles", "", 1, 0.0)
     return found

@@ -90,12 +90,12 @@ def offload(
     keep: bool = False,
     enough: int | None = None,
 ) -> Part:
-    """Modes of a model. At small size: two calls of one round, and the time of a busy machine.
+    """Modes of a model. At small size: one call in each of two rounds, and the time of a busy machine.
 
     Steps are given with the fewest first: the calls before the timed ones are then the short ones.
     """
     small = device == "simgpu"
-    calls, rounds, seconds = (2, 1, 300) if small else (calls, rounds, seconds)
+    calls, rounds, seconds = (1, 2, 300) if small else (calls, rounds, seconds)
     command = ["-m", "benchmarks.offload", "--out", "DIR/offload", "--device", device, "--model", model]
     command += ["--compile", compiled, "--rounds", str(rounds), "--calls", str(calls), "--seconds", "SECONDS"]
     command += ["--simulated-link", str(SIMULATED_GBPS)] if small else []
@@ -137,21 +137,19 @@ def parts(device: str, model: str | None = None) -> list[Part]:
     # Stock comes last: its calls of Flux are the longest by far, and the goals are about resident.
     all_flux = ("resident", ours[2], ours[0], "ours", ours[1], ours[3], "stock")
     found = [
-        offload(device, "sdxl", 170, sdxl, (*TELLING, "ours"), usual, calls=3, keep=True),
+        offload(device, "sdxl", 170, sdxl, (*TELLING, "ours"), usual, calls=2, rounds=2, keep=True),
         Part("tests", 150 if small else 80, (*TESTS, "tests/test_cuda.py")),
         offload(device, "flux", 330, flux, all_flux, long, calls=2, keep=True, enough=12),
-        offload(device, "sdxl-compiled", 130, sdxl, TELLING, usual, compiled="regional"),
-        offload(device, "sdxl-peers", 150, sdxl, (*TELLING, *peers(device, "stock")), usual),
-        # Whether a budget holds where the device has no more, which no card as large as an H200 would show by itself.
-        Part("pieces", 100, ("-m", "benchmarks.pieces", "--calls", "4"), least=60),
-        offload(device, "flux-peers", 270, flux, ("resident", ours[2], *peers(device, middle, PEERS[:4])), long),
-        offload(device, "sdxl-whole", 130, sdxl, ("resident", "ours:stock"), most, compiled="whole"),
+        offload(device, "sdxl-compiled", 120, sdxl, TELLING, usual, compiled="regional"),
+        offload(device, "sdxl-peers", 130, sdxl, (*TELLING, *peers(device, "stock")), usual),
+        offload(device, "flux-peers", 230, flux, ("resident", ours[2], *peers(device, middle, PEERS[:4])), long),
+        offload(device, "sdxl-whole", 120, sdxl, ("resident", "ours:stock"), most, compiled="whole"),
         offload(device, "sdxl-steps", 80, sdxl, TELLING, (1, 4) if small else (1, 8, 50), keep=True),
         # bfloat16 is what `packed` is for; it is what Flux has at full size. At small size it halves the weights: less room.
         offload(
             device,
             "flux-transport",
-            150,
+            130,
             flux,
             ("resident", *(f"ours:{budgets[0] if small else middle}{t}" for t in ("", ":packed", ":fp8"))),
             few,
@@ -165,7 +163,7 @@ def parts(device: str, model: str | None = None) -> list[Part]:
         plots,
     ]
     # Without a GPU there is nothing to see of tests but that they are found and skipped: once is enough.
-    return [p for p in found if not small or p.name not in ("tests-kernels", "kernels", "sanitizer", "pieces")]
+    return [p for p in found if not small or p.name not in ("tests-kernels", "kernels", "sanitizer")]
 
 
 def further(device: str) -> list[Part]:
@@ -182,6 +180,8 @@ def further(device: str) -> list[Part]:
 
     stock_peers = (*TELLING, *peers(device, "stock"))
     found = [
+        # Whether a budget holds where the device has no more, which no card as large as an H200 would show by itself.
+        Part("pieces", 100, ("-m", "benchmarks.pieces", "--calls", "4"), more=True),
         Part("tests-far", 120, (*TESTS, "tests/test_kernels_far.py"), more=True),
         Part("kernels-sizes", 120, KERNELS, least=45, more=True),
         # Decoding 1024 x 1024 in float32 takes 3 GiB of activations by estimate, twice what figures.py has for 16 bits.

@@ -220,5 +220,11 @@ def remove(mode: str, pipe: DiffusionPipeline, offload: prefetch_offload.Offload
 
 def versions() -> dict[str, str | None]:
     """Of the peers; None: not installed."""
-    installed = {d.name: d.version for d in metadata.distributions()}
-    return {name: installed.get(name) for name in PEERS}
+
+    def of(name: str) -> str | None:
+        try:
+            return metadata.version(name)  # whichever way the name is spelled
+        except metadata.PackageNotFoundError:
+            return None
+
+    return {name: of(name) for name in PEERS}

@@ -182,10 +182,12 @@ def visit(
                     row.first_s = first or times[0]
                 row.enable_s = row.enable_s or enable_s
                 row.took(times)
+                reserved = module.max_memory_reserved(device) - before_reserved
+                sampled = None if peaks.device_nbytes is None else peaks.device_nbytes - taken
                 row.most(
                     peak_allocated=module.max_memory_allocated(device) - before,
-                    peak_reserved=module.max_memory_reserved(device) - before_reserved,
-                    driver_nbytes=None if peaks.device_nbytes is None else peaks.device_nbytes - taken,
+                    peak_reserved=reserved,
+                    driver_nbytes=None if sampled is None else max(sampled, reserved),  # samples may miss it
                     rss_nbytes=None if shelf.shared else peaks.rss_nbytes,
                     pinned_nbytes=watch.pinned_nbytes(device),
                 )

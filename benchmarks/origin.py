@@ -20,7 +20,7 @@ def told_by(*command: str) -> str:
 def commit() -> str:
     """The commit that is checked out, with ``-dirty`` behind it where files differ; what BENCHMARK_COMMIT says in a copy of the
     files, which has no history."""
-    found = told_by("git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
+    found = told_by("git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
     return found or os.environ.get("BENCHMARK_COMMIT", "")
 
 

@@ -107,7 +107,7 @@ def test_three_runs_get_through_all_but_what_is_more_of_the_same(
     """Also if each part needs nearly all of its time; pictures are made in every run. Further runs do the rest."""
     found = gpu_suite.parts("cuda")
     clock = Clock(
-        monkeypatch, found, {p.name: p.seconds - (0 if p.least is None else gpu_suite.MARGIN_S) for p in found}
+        monkeypatch, found, {p.name: float(p.seconds) for p in found}
     )
     codes = []
     for _ in range(3):

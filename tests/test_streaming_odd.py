@@ -305,8 +305,12 @@ def test_a_layer_that_is_used_in_two_places(at: int, sim: Any, enable: Any) -> N
         offload.disable()
 
 
-def test_the_first_component_goes_back_to_its_window_where_the_device_has_less_than_the_budget(sim: Any, enable: Any) -> None:
-    """By its plan it streams; a call begins with all of it, as far as anyone knows."""
+@pytest.mark.parametrize("known", [True, False])
+def test_the_first_component_goes_back_to_its_window_where_the_device_has_less_than_the_budget(
+    sim: Any, enable: Any, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    """By its plan it streams; a call begins with all of it, as far as anyone knows. The device says how much it has, which may be
+    wrong by the time that it matters."""
     first, second = Net(), Net(n=4)
     pipe = Pair(first, second)
 
@@ -323,9 +327,11 @@ def test_the_first_component_goes_back_to_its_window_where_the_device_has_less_t
     offload.release()
     settle(sim)
     sim.configure(int(sim.counters()["allocated"]) + room(0.75), 0, 0, 0)
+    if not known:
+        monkeypatch.setattr(offload._engine.lanes, "free_nbytes", lambda: 1 << 40)
     for _ in range(3):
         assert same(pipe(X, 1), expected[0])
-    assert offload.stats.counts["ladder"] > 0
+    assert (offload.stats.counts.get("ladder", 0) > 0) is not known
 
 
 def test_the_first_component_stays_where_it_came_before_there_was_a_plan(sim: Any, enable: Any) -> None:
