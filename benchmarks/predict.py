@@ -144,6 +144,8 @@ CASES = (
 DRAWN = ("sdxl", "flux")  # cases with a curve
 # What README.md and docs/choosing-a-budget.md quote, by the commands that they show.
 QUOTED = {
+    "plan --model sdxl --budget 7GiB --link 12 --step-ms 400": Request("sdxl", ("7GiB",), ("12",), step_ms=400),
+    "plan --model flux --budget 7GiB --link 12,25 --step-ms 825": Request("flux", ("7GiB",), ("12", "25"), step_ms=825),
     "plan --model flux --budget 12GiB --link 25 --step-ms 230": Request("flux", ("12GiB",), ("25",), step_ms=230),
     "plan --model flux --budget 14GiB --link 12,25 --step-ms 825": Request("flux", ("14GiB",), ("12", "25"), step_ms=825),
 }
@@ -183,13 +185,17 @@ def section(case: Case, beside: Outlook) -> list[str]:
 
 def quoted() -> list[str]:
     """The examples as Markdown."""
-    lines = ["## Quoted elsewhere", "", "| prefetch-offload | GiB | GB/s | s a call | of it waiting for copies | limit s |"]
-    lines.append("|---|---|---|---|---|---|")
+    lines = ["## Quoted elsewhere", ""]
+    lines.append("| prefetch-offload | GiB | GB/s | s a call | of it waiting for copies | limit s | stock offload s |")
+    lines.append("|---|---|---|---|---|---|---|")
     for command, request in QUOTED.items():
-        for row in look(request).rows:
+        made = look(request)
+        for row in made.rows:
+            fits = made.stock_nbytes <= row.budget_nbytes
+            stock = f"{made.stock_s(row.link_gbps):.1f}" if fits else f"needs {made.stock_nbytes / GIB:.1f} GiB"
             lines.append(
                 f"| `{command}` | {row.budget_nbytes / GIB:g} | {row.link_gbps:g} | {row.seconds:.1f} | {row.exposed_s:.1f} | "
-                f"{row.limit_s:.1f} |"
+                f"{row.limit_s:.1f} | {stock} |"
             )
     return [*lines, ""]
 

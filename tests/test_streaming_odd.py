@@ -309,8 +309,8 @@ def test_a_layer_that_is_used_in_two_places(at: int, sim: Any, enable: Any) -> N
 def test_the_first_component_goes_back_to_its_window_where_the_device_has_less_than_the_budget(
     sim: Any, enable: Any, monkeypatch: pytest.MonkeyPatch, known: bool
 ) -> None:
-    """By its plan it streams; a call begins with all of it, as far as anyone knows. The device says how much it has, which may be
-    wrong by the time that it matters."""
+    """By its plan it streams; a call begins with all of it, as far as anyone knows. The device says how much it has, which may
+    be wrong by the time that it matters."""
     first, second = Net(), Net(n=4)
     pipe = Pair(first, second)
 

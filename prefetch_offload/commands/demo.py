@@ -19,7 +19,7 @@ from ..testing.pipelines import scaled
 from . import devices, picture, running
 
 PROMPT = "a photo of a cat"
-CALLS = 3
+CALLS = 4
 Placed = TypeVar("Placed")
 
 
@@ -138,7 +138,7 @@ def demo(out: Path, device_name: str | None, console: Console) -> bool:
         this.forget()
         if ext is not None:
             _slow_link(ext, nbytes, this.resident, console)
-        this.run("stock offload", CALLS - 1, lambda pipe: pipe.enable_model_cpu_offload(device=device))
+        this.run("stock offload", CALLS, lambda pipe: pipe.enable_model_cpu_offload(device=device))
         this.forget()
         with this.run(
             "prefetch_offload, stock's memory",

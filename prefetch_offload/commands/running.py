@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -43,8 +44,8 @@ class Outcome:
 
     @property
     def later(self) -> float | None:
-        """The fastest call after the first, which also loads kernels and, for us, learns the order."""
-        return min(self.seconds[1:], default=None)
+        """The median of the calls after the first, which also loads kernels and, for us, learns the order."""
+        return statistics.median(self.seconds[1:]) if self.seconds[1:] else None
 
 
 def dtype_of(name: str | None, device: torch.device) -> torch.dtype:
