@@ -16,6 +16,7 @@ they are.
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import threading
 import weakref
@@ -27,6 +28,7 @@ import torch
 from .errors import SettingError
 
 _NAME = "expandable_segments"
+_VIRTUAL_MEMORY = 102  # CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,19 @@ def _write(text: str) -> None:
     tell(text)
 
 
+def _has_virtual_memory(device: torch.device) -> bool:
+    """The driver can map memory on `device`, which not all virtual GPUs can. PyTorch does not ask: allocations would fail."""
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    number, has = ctypes.c_int(), ctypes.c_int()
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+        failed = driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(number), index)
+        failed = failed or driver.cuDeviceGetAttribute(ctypes.byref(has), _VIRTUAL_MEMORY, number)
+    except (OSError, AttributeError):
+        return False
+    return not failed and has.value == 1
+
+
 def why_not(device: torch.device) -> str | None:
     """Why free pieces cannot be put together on `device`; None: they can be, or are."""
     if device.type != "cuda" or torch.version.cuda is None:
@@ -75,6 +90,8 @@ def why_not(device: torch.device) -> str | None:
         state = _read()
     except (AttributeError, KeyError, TypeError, ValueError):
         return f"this PyTorch does not tell: set PYTORCH_CUDA_ALLOC_CONF={_NAME}:True"
+    if not state.on and not _has_virtual_memory(device):
+        return "its driver has no virtual memory for it"
     if not state.on and not state.splits:
         return "max_split_size_mb is set, with which they do not give memory back (PyTorch's issue 123548)"
     return None

@@ -5,6 +5,7 @@ The allocator's own part is stood in for here; `test_cuda.py` has it with the re
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from typing import Any
 
@@ -50,6 +51,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(segments.sys, "platform", "linux")
     monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
+    monkeypatch.setattr(segments, "_has_virtual_memory", lambda device: True)
     monkeypatch.setattr(segments, "_told", None)
     monkeypatch.setattr(segments, "_restored", None)
     segments._users.clear()
@@ -138,9 +140,10 @@ def test_where_the_driver_cannot_it_stays_off(told: Any) -> None:
         ((torch.version, "cuda", None), "PyTorch's for CUDA"),
         ((segments.sys, "platform", "win32"), "Linux only"),
         ((torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync"), "'cudaMallocAsync'"),
+        ((segments, "_has_virtual_memory", lambda device: False), "no virtual memory"),
         ((torch.cuda.memory, "_snapshot", dict), "set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"),
     ],
-    ids=["rocm", "windows", "backend", "unknown"],
+    ids=["rocm", "windows", "backend", "virtual memory", "unknown"],
 )
 def test_where_it_cannot_be(told: Any, monkeypatch: pytest.MonkeyPatch, change: Any, why: str) -> None:
     allocator = told()
@@ -163,6 +166,37 @@ def test_an_older_name_for_telling_it(told: Any, monkeypatch: pytest.MonkeyPatch
     monkeypatch.delattr(torch._C, "_accelerator_setAllocatorSettings")
     monkeypatch.setattr(torch.cuda.memory, "_set_allocator_settings", allocator.tell)
     assert segments.use(User(), CUDA, None)
+
+
+@pytest.mark.parametrize(
+    ("answers", "has"), [((0, 0, 0, 1), True), ((0, 0, 0, 0), False), ((0, 0, 1, 1), False), ((999, 0, 0, 1), False)]
+)
+def test_the_driver_is_asked(monkeypatch: pytest.MonkeyPatch, answers: tuple[int, ...], has: bool) -> None:
+    *codes, value = answers
+
+    class Driver:
+        def cuInit(self, flags: int) -> int:
+            return codes[0]
+
+        def cuDeviceGet(self, number: Any, index: int) -> int:
+            number._obj.value = index + 7
+            return codes[1]
+
+        def cuDeviceGetAttribute(self, found: Any, attribute: int, number: Any) -> int:
+            assert (attribute, number.value) == (102, 10)
+            found._obj.value = value
+            return codes[2]
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver())
+    assert segments._has_virtual_memory(torch.device("cuda", 3)) is has
+
+
+def test_without_a_driver_to_ask_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> Any:
+        raise OSError(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    assert not segments._has_virtual_memory(CUDA)
 
 
 def test_refused_before_anything_is_changed(enable: Any) -> None:

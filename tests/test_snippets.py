@@ -53,16 +53,25 @@ def test_the_predicted_example_is_what_its_command_predicts() -> None:
     assert row["stock_s"] is None and row["resident_s"] is None, "out of memory"
 
 
-def test_the_predicted_card_of_16_gb_is_what_its_command_predicts() -> None:
-    text = " ".join((ROOT / "docs" / "choosing-a-budget.md").read_text().split())
-    pattern = r"prefetch-offload (plan --model flux --budget 14GiB [^`]*?) ``` \*\*Predicted\*\*, (.*?) 825"
-    command, said = re.findall(pattern, text)[0]
+@pytest.mark.parametrize(
+    ("page", "options", "behind", "stock"),
+    [
+        ("docs/choosing-a-budget.md", "--model flux --budget 14GiB", " 825 ms", False),
+        ("README.md", "--model flux --budget 7GiB", " Stock offload", False),
+        ("README.md", "--model sdxl --budget 7GiB", " It prints", True),
+    ],
+)
+def test_the_predicted_cards_are_what_their_commands_predict(page: str, options: str, behind: str, stock: bool) -> None:
+    """Each figure in seconds, in the order of the links; stock offload's last, where it fits."""
+    text = " ".join((ROOT / page).read_text().split())
+    command, said = re.findall(rf"prefetch-offload (plan {options} [^`]*?) ``` \*\*Predicted\*\*, (.*?){behind}", text)[0]
     figures = [float(n) for n in re.findall(r"[\d.]+(?= s\b)", said)]
     result = CliRunner().invoke(app, [*command.split(), "--json"])
     assert result.exit_code == 0, result.output
     rows = json.loads(result.output)["rows"]
-    assert figures == [round(row[name], 1) for row in rows for name in ("seconds", "exposed_s")]
-    assert all(row["stock_s"] is None and row["resident_s"] is None for row in rows), "out of memory"
+    expected = [round(row[name], 1) for row in rows for name in ("seconds", "exposed_s")]
+    assert figures == [*expected, *(round(row["stock_s"], 1) for row in rows if stock)]
+    assert all((row["stock_s"] is not None) is stock and row["resident_s"] is None for row in rows), "out of memory"
 
 
 @pytest.mark.parametrize("page", PAGES)
