@@ -186,8 +186,8 @@ def further(device: str) -> list[Part]:
         Part("kernels-sizes", 120, KERNELS, least=45, more=True),
         # Decoding 1024 x 1024 in float32 takes 3 GiB of activations by estimate, twice what figures.py has for 16 bits.
         part("sdxl-budgets", "sdxl", ("resident", "ours:5GiB", "ours:6GiB", "ours:8GiB"), (4, 30), keep=True),
-        # Another round for rows that have one: the turns that tell drift from a difference.
-        part("sdxl-again", "sdxl", (*TELLING, "ours"), (4, 30), calls=3, rounds=2, keep=True),
+        # Another round for rows that have some: the turns that tell drift from a difference.
+        part("sdxl-again", "sdxl", (*TELLING, "ours"), (4, 30), calls=2, rounds=3, keep=True),
         flux_peers("12GiB"),
         flux_peers("8GiB"),
         flux_peers("24GiB"),
@@ -200,6 +200,8 @@ def further(device: str) -> list[Part]:
         part("sdxl-compiled-peers", "sdxl", stock_peers, (30,), compiled="regional"),
         part("flux-compiled", "flux", ("resident", "stock", "ours", "ours:16GiB"), (28,), compiled="regional"),
         part("flux-again", "flux", ("resident", "ours:16GiB", "ours", "stock"), (4, 28), calls=2, rounds=2, keep=True),
+        part("flux-slow-peers", "flux", ("resident", "ours:16GiB", *peers(device, "16GiB", (*PEERS[4:], *SLOW_PEERS))), (4,)),
+        part("sdxl-whole-peers", "sdxl", stock_peers, (30,), compiled="whole"),
         part("sdxl-peers-again", "sdxl", stock_peers, (4, 30), rounds=2),
     ]
     return [p for p in found if not small or p.name in ("sd3", "sdxl-slow-peers", "sdxl-transport")]
