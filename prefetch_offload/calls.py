@@ -192,6 +192,5 @@ class Memory:
         if shape not in self.activations:
             # It runs alone. Half of the budget is left to whatever it needs besides, more if it has to be streamed anyway.
             return weight_nbytes if weight_nbytes <= self.budget // 2 else max(least, self.budget // 4)
-        room = min(self.budget - self.set_aside(shape), available_nbytes - self.activations[shape])  # a device may have less
-        room = max(least, room)
+        room = max(least, min(self.budget, available_nbytes) - self.set_aside(shape))  # a device may have less
         return min(room, max(least, weight_nbytes)) if shape in self.alone else room

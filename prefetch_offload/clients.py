@@ -52,6 +52,7 @@ class Client:
         former: the plan before, while there is none: it was put aside, since `aside`.
         excess: to be told: a call took more than the budget while it was measured.
         warned: it has been, for this budget.
+        spared_nbytes: plans leave so much of what is free, since that was in pieces too small.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -77,6 +78,7 @@ class Client:
         self.former: CallPlan | None = None
         self.aside = ""
         self.excess, self.warned = "", False
+        self.spared_nbytes = 0
         self.number = next(_clients)
 
     @property

@@ -15,7 +15,7 @@ from .errors import OffloadError
 from .least import excess_of
 from .moves import Moves
 from .planner import plan_entry
-from .planning import ASSUMED_GBPS, EARLY, budget_of, replan, try_out
+from .planning import ASSUMED_GBPS, EARLY, replan, try_out
 from .residency import State
 from .simulator import Link
 from .streaming import Stream
@@ -135,6 +135,10 @@ class Engine(Moves):
             if not component.bound:
                 component.bind(lambda unit: self.residency.state(unit.key) is State.READY)
                 component.by_hand = client.watched or not client.calling
+            else:
+                for unit in component.units:  # some may have gone, in what was broken off
+                    if not unit.shown and self.residency.state(unit.key) is State.READY:
+                        component.show(unit)
             component.stream_id = self.lanes.compute().stream_id
             if not called:
                 self.settle(component)
@@ -231,7 +235,7 @@ class Engine(Moves):
             client.memory.budget = budget
             client.memory.alone.clear()
             client.memory.tight.clear()
-            self.spared_nbytes = 0
+            client.spared_nbytes = 0
             client.former, client.aside = client.plan or client.former, "the budget was set again"
             client.plan, client.shares, client.heads = None, {}, {}
             client.warned = False
@@ -290,7 +294,8 @@ class Engine(Moves):
                 well, and those that it cannot do without come back.
         """
         with self._held(), self._change:
-            client = self._client(component)
+            client, thread = self._client(component), threading.get_ident()
+            self.current.pop(thread, None)  # refused from here on, it is entered anew
             shape = client.shapes.get(component.key)
             self.recorder.count("ladder")
             running = self._protected(None) | {u.key for u in component.units}
@@ -309,6 +314,7 @@ class Engine(Moves):
                     component.stream.begin_pass(client.order.passes_left() == 0)
             elif component.stream is not None:
                 component.stream.begin_again()
+            self.current[thread] = component.key
 
     # ------------------------------------------------------------------- calls
     def start_call(self, call: Call, steps: int | None = None) -> None:
@@ -398,12 +404,9 @@ class Engine(Moves):
         do already, as much as they may, or there was none."""
         if client.plan is None:
             return False
-        before, total, now = self.spared_nbytes, self.lanes.total_nbytes(), client.plan.budget_nbytes
-        self.spared_nbytes = 0
-        wanted = budget_of(self, client) or now
-        less = min(max(2 * (wanted - now), total // _SPARED), total // _MOST_SPARED)
-        self.spared_nbytes = max(before, self.available(client) - (wanted - less))  # what it does not want is spared anyway
-        return self.spared_nbytes > before
+        before, total = client.spared_nbytes, self.lanes.total_nbytes()
+        client.spared_nbytes = min(max(2 * before, total // _SPARED), total // _MOST_SPARED)
+        return client.spared_nbytes > before
 
     def show_masters(self, components: list[Component]) -> None:
         """These components show their host weights; device copies stay."""

@@ -216,6 +216,7 @@ class Offload:
 
     def disable(self) -> None:
         """Undo `enable`: weights on the host in ordinary memory, no hooks, no device memory. Again is a no-op."""
+        segments.leave(self)
         pipe = self._pipe()
         engine, client = self._engine, self._session.client
         mine = [*client.components.values(), *self._leftovers]
@@ -227,6 +228,7 @@ class Offload:
         if adapter.offload_of(pipe) is not self:
             return
         for part in adapter.parts_of(pipe):
+            segments.leave(adapter.offload_of(part))
             self._unhook_all(part)
             adapter.let_go(part)
         self._unhook_all(pipe)
@@ -236,7 +238,6 @@ class Offload:
         client.components.clear()
         adapter.let_go(pipe)
         engine.lanes.empty_cache()
-        segments.leave(self)
 
     def _unhook_all(self, pipe: DiffusionPipeline) -> None:
         modules = [m for m in pipe.components.values() if isinstance(m, nn.Module)]

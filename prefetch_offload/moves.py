@@ -33,7 +33,6 @@ class Moves(Holdings):
     def __init__(self, device: torch.device, settings: Settings) -> None:
         super().__init__(device, settings)
         self._calls: dict[int, list[weakref.ref[Call]]] = {}  # by thread, outermost first
-        self.spared_nbytes = 0  # left free besides the reserve, since free memory is in pieces
 
     def _cap(self, component: Component, client: Client) -> int:
         """Device bytes for weights while `component` runs.
@@ -146,16 +145,19 @@ class Moves(Holdings):
         return None
 
     def available(self, client: Client) -> int:
-        """Device bytes that weights could take if nothing ran: held now, plus free, less what is spared and, unless the budget
-        is a number, the reserve."""
-        reserve = self.settings.reserve
-        if isinstance(client.memory.budget, int):
+        """Device bytes that weights and activations could take if nothing ran, and no more than a budget that is a number: held
+        now, plus free, less the reserve if the budget is none, and less what the client spares."""
+        budget, reserve = client.memory.budget, self.settings.reserve
+        if isinstance(budget, int):
             reserve = 0
         elif reserve is None:
             total = self.lanes.total_nbytes()
             reserve = min(max(256 * MIB, total // 25), total // 10)
         idle = self.addresses.idle_nbytes if self.addresses is not None else 0
-        return max(0, self.residency.held_nbytes + idle + self.lanes.free_nbytes() - reserve - self.spared_nbytes)
+        room = self.residency.held_nbytes + idle + self.lanes.free_nbytes() - reserve
+        if isinstance(budget, int):
+            room = min(room, budget)
+        return max(0, room - client.spared_nbytes)
 
     def _protected(self, component: Component | None) -> frozenset[str]:
         """Units that a running component reads, here or in another thread."""

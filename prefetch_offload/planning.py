@@ -118,8 +118,7 @@ def budget_of(engine: Engine, client: Client) -> int | None:
     if budget == "stock":
         floor = client.memory.stock_floor()
         return None if floor is None else min(floor, engine.available(client))
-    available = engine.available(client)
-    return min(budget, available) if isinstance(budget, int) else available
+    return engine.available(client)
 
 
 def replan(engine: Engine, client: Client) -> None:

@@ -17,6 +17,7 @@ they are.
 from __future__ import annotations
 
 import ctypes
+import platform
 import sys
 import threading
 import weakref
@@ -78,8 +79,22 @@ def _has_virtual_memory(device: torch.device) -> bool:
     return not failed and has.value == 1
 
 
-def why_not(device: torch.device) -> str | None:
-    """Why free pieces cannot be put together on `device`; None: they can be, or are."""
+def _maps(device: torch.device) -> bool:
+    """An allocation, made as the allocator has been told to, succeeds."""
+    try:
+        with torch.cuda.stream(torch.cuda.Stream(device)):  # where nothing is cached that it could be taken from
+            torch.empty(1, dtype=torch.uint8, device=device)
+    except RuntimeError:
+        return False
+    return True
+
+
+def why_not(device: torch.device, state: _State | None = None) -> str | None:
+    """Why free pieces cannot be put together on `device`; None: they can be, or are.
+
+    Args:
+        state: of the allocator, if it was looked at.
+    """
     if device.type != "cuda" or torch.version.cuda is None:
         return f"{device.type} has none: they are PyTorch's for CUDA"
     if sys.platform != "linux":
@@ -87,7 +102,7 @@ def why_not(device: torch.device) -> str | None:
     if torch.cuda.get_allocator_backend() != "native":
         return f"PyTorch's own allocator is not in use, but {torch.cuda.get_allocator_backend()!r}"
     try:
-        state = _read()
+        state = state or _read()
     except (AttributeError, KeyError, TypeError, ValueError):
         return f"this PyTorch does not tell: set PYTORCH_CUDA_ALLOC_CONF={_NAME}:True"
     if not state.on and not _has_virtual_memory(device):
@@ -105,14 +120,26 @@ def put_together() -> bool:
 def never(device: torch.device) -> str | None:
     """Why `use` will not put them together unless it is asked to; None: it will, or they are."""
     why = why_not(device)
-    if why is None and not (state := _read()).on and decided(state):
-        why = f"{_NAME}:False was set"
-    return why
+    if why is not None or (state := _read()).on:
+        return why
+    return _unwise(device) or (f"{_NAME}:False was set" if decided(state) else None)
+
+
+def _unwise(device: torch.device) -> str | None:
+    """Why not to have them unless somebody says so."""
+    # Mapping fails there with many drivers (PyTorch's issue 192330).
+    if "microsoft" in platform.release().lower():
+        return "this is WSL, where drivers fail to map memory"
+    if getattr(torch.cuda.get_device_properties(device), "is_integrated", False):
+        return "the GPU has no memory of its own"  # Tegra, where mapping fails as well
+    return None
 
 
 def decided(state: _State) -> bool:
     """Somebody else has said whether there are to be expandable segments."""
-    return _NAME in state.text and (_restored is None or state.text != _restored.after)
+    if _restored is not None and state.text == _restored.after:
+        return _NAME in _restored.before
+    return _NAME in state.text
 
 
 def check(device: torch.device) -> None:
@@ -137,40 +164,51 @@ def use(user: object, device: torch.device, wanted: bool | None) -> bool:
         Whether they are put together now.
     """
     global _told
+    if why_not(device) is not None:
+        return False
     with _lock:
-        if why_not(device) is not None:
-            return False
+        _users.add(user)  # first: what is collected meanwhile may be the last other one that needed it
         state = _read()
         if state.on:
-            if _told is not None:
-                _users.add(user)
             return True
-        if wanted is None and decided(state):
+        if wanted is None and (decided(state) or _unwise(device) is not None):
+            _users.discard(user)
             return False
         before = _restored.before if _restored is not None and state.text == _restored.after else state.text
-        after = ",".join([*filter(None, [_without(before)]), f"{_NAME}:True"])
-        _write(after)
-        if not _read().on:  # PyTorch has warned, with why
-            return False
-        _told = _Told(before, after)
-        _users.add(user)
-        return True
+        _told = _Told(before, _with(before, True))  # before it is so: who is interrupted in between can undo it
+        _write(_told.after)
+        if _read().on and _maps(device):
+            return True
+        _users.discard(user)
+        _undo()
+        return False
 
 
 def leave(user: object | None) -> None:
     """`user` needs it no longer; None: one that is gone. With the last one, the allocator is told what it was told before."""
-    global _told, _restored
     with _lock:
         if user is not None:
             _users.discard(user)
-        if _users or _told is None:
-            return
-        told, _told = _told, None
-        if _read().text != told.after:
-            return  # somebody has decided since
-        off = ",".join([*filter(None, [_without(told.before)]), f"{_NAME}:False"])
-        _write(off)
-        _restored = _Told(told.before, off)
+        if next(iter(_users), None) is None:  # one that is being collected counts in its length
+            _undo()
+
+
+def _undo() -> None:
+    """Tell the allocator what it was told before, unless somebody has told it something else about them since."""
+    global _told, _restored
+    if _told is None:
+        return
+    text = _read().text
+    if text == _told.after or _NAME not in text:
+        before = _told.before if text == _told.after else text
+        _restored = _Told(before, _with(before, False))
+        _write(_restored.after)
+    _told = None
+
+
+def _with(text: str, on: bool) -> str:
+    """The settings in `text`, with expandable segments on or off."""
+    return ",".join([*filter(None, [_without(text)]), f"{_NAME}:{on}"])
 
 
 def _without(text: str) -> str:

@@ -145,31 +145,31 @@ def test_what_is_planned_from_what_is_free_leaves_more_where_free_memory_is_in_p
     offload, total, call = pieces(None)
     engine = offload._engine
     call(20)  # goes by no plan yet: how much is needed was not known
-    assert engine.spared_nbytes == 0
+    assert offload._session.client.spared_nbytes == 0
     call(0, without=7)  # between calls it is others' affair
     (client,) = engine.clients
-    assert engine.spared_nbytes == 0 and client.plan is not None
+    assert offload._session.client.spared_nbytes == 0 and client.plan is not None
     before = client.plan.budget_nbytes
     call(4)
-    assert engine.spared_nbytes == 0, "that costs less than to stream more"
+    assert offload._session.client.spared_nbytes == 0, "that costs less than to stream more"
     for _ in range(2):
         call(5)
     call(0)
-    assert engine.spared_nbytes == 2 * (total // 32) and offload.stats.counts["cache given back"] == 34
+    assert offload._session.client.spared_nbytes == 2 * (total // 32) and offload.stats.counts["cache given back"] == 34
     assert client.plan is not None
-    assert client.plan.budget_nbytes == pytest.approx(before - engine.spared_nbytes, abs=total // 100)
+    assert client.plan.budget_nbytes == pytest.approx(before - offload._session.client.spared_nbytes, abs=total // 100)
     engine.recorder.count("ladder")  # in no call
     call(1)
-    assert engine.spared_nbytes == 2 * (total // 32)
+    assert offload._session.client.spared_nbytes == 2 * (total // 32)
     for _ in range(3):
         call(1, ladder=1)
-    assert engine.spared_nbytes == total // 4
+    assert offload._session.client.spared_nbytes == total // 4
     offload.budget = None
-    assert engine.spared_nbytes == 0
+    assert offload._session.client.spared_nbytes == 0
 
 
 def test_a_budget_in_bytes_gives_way_where_free_memory_is_in_pieces(pieces: Any) -> None:
-    """At once by as much as it has to before that makes a difference: what it does not want is free already."""
+    """By as much as makes a difference: what it does not want of the device is free already."""
     offload, total, call = pieces(None)
     engine, budget = offload._engine, int(0.8 * offload._engine.lanes.total_nbytes())
     offload.budget = budget
@@ -185,3 +185,35 @@ def test_a_budget_in_bytes_gives_way_where_free_memory_is_in_pieces(pieces: Any)
     for _ in range(2):
         call(0)
     assert client.plan.budget_nbytes == budget
+
+
+def test_what_one_pipeline_spares_is_none_of_anothers_affair(pieces: Any, enable: Any, sim: Any) -> None:
+    offload, total, call = pieces(None)
+    sim.configure(3 * total, 0, 0, 0)
+    engine = offload._engine
+    offload.budget = int(0.4 * total)
+    case = CASES["flux"]
+    other = enable(case.build(), unit_min=64 << 10, unit_max=512 << 10)
+    assert other._engine is engine
+    before = engine.available(other._session.client)
+    for _ in range(3):
+        call(0)
+    call(5)
+    assert offload._session.client.spared_nbytes > 0
+    assert engine.available(other._session.client) == pytest.approx(before, rel=0.02)
+
+
+def test_what_is_spared_leaves_a_budget_where_the_device_has_enough(pieces: Any, sim: Any) -> None:
+    """Also when something else has come onto the device since."""
+    offload, total, call = pieces(None)
+    sim.configure(4 * total, 0, 0, 0)
+    offload.budget = budget = int(0.8 * total)
+    for _ in range(3):
+        call(0)
+    call(5)
+    other = torch.empty(2 * total, dtype=torch.uint8, device=DEVICE)
+    for _ in range(2):
+        call(0)
+    plan = offload._session.client.plan
+    assert plan is not None and plan.budget_nbytes == pytest.approx(budget - 4 * total // 32, abs=total // 100)
+    del other

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import numpy as np
@@ -142,6 +143,75 @@ def test_what_is_free_may_lie_in_pieces_between_its_own_units(truth: Any, sim: A
     handle.remove()
     assert len(held) == 3
     assert_same([call(pipe)], [truth])
+
+
+@pytest.mark.parametrize("tries", [1, 2])
+@pytest.mark.parametrize("callback", [False, True], ids=["by-hand", "in-a-call"])
+def test_who_catches_it_may_try_again(truth: Any, sim: Any, enable: Any, tries: int, callback: bool) -> None:
+    """Nothing is left to come back into, once the last try's weights have gone: the next call of the component loads them."""
+    pipe = CASE.build()
+    offload = enable(pipe, unit_min=16 << 10, unit_max=64 << 10)
+    for _ in range(2):
+        assert_same([call(pipe)], [truth])
+    latents = torch.randn(1, pipe.vae.config.latent_channels, 8, 8, generator=torch.Generator().manual_seed(3)).to("simgpu")
+    failed = []
+
+    def refuse(*args: Any) -> None:
+        failed.append(1)
+        if len(failed) <= tries:
+            if len(failed) == tries:
+                sim.configure(4096, 0, 0, 0)  # something else has taken the memory
+            raise torch.OutOfMemoryError("simgpu out of memory")
+
+    def decode() -> Any:
+        with torch.no_grad():
+            return pipe.vae.decode(latents).sample.cpu()
+
+    def fall_back(*args: Any) -> Any:
+        if not failed:  # in the first step
+            with pytest.raises(torch.OutOfMemoryError):
+                decode()
+            sim.configure(1 << 50, 0, 0, 0)
+            assert torch.equal(decode(), expected)
+        return args[-1]
+
+    expected = decode()
+    handle = pipe.vae.decoder.register_forward_pre_hook(refuse)
+    if callback:
+        image = np.asarray(CASE.call(pipe, seed=0, steps=1, callback_on_step_end=fall_back))
+        assert_same([image], [truth])
+    else:
+        fall_back(None)
+    handle.remove()
+    assert_same([call(pipe)], [truth])
+    assert offload.hazards == []
+
+
+@pytest.mark.parametrize("index", [1, 3, 8, 20])
+def test_memory_may_run_out_while_its_own_units_go(sim: Any, enable: Any, index: int) -> None:
+    """Outside of calls it is looked for what was written to them, which takes device memory."""
+    pipe = CASE.build()
+    enable(pipe, unit_min=16 << 10, unit_max=64 << 10)
+    for _ in range(2):
+        call(pipe)
+    latents = torch.randn(1, pipe.vae.config.latent_channels, 8, 8).to("simgpu")
+    failed = []
+
+    def refuse(*args: Any) -> None:
+        failed.append(1)
+        if len(failed) <= 2:
+            if len(failed) == 2:
+                sim.fail_allocation(index, times=1)
+            raise torch.OutOfMemoryError("simgpu out of memory")
+
+    with torch.no_grad():
+        expected = pipe.vae.decode(latents).sample.cpu()
+        handle = pipe.vae.decoder.register_forward_pre_hook(refuse)
+        with contextlib.suppress(torch.OutOfMemoryError):
+            assert torch.equal(pipe.vae.decode(latents).sample.cpu(), expected)
+        sim.fail_allocation(-1)
+        handle.remove()
+        assert torch.equal(pipe.vae.decode(latents).sample.cpu(), expected)
 
 
 def test_device_generator_is_restored_before_the_second_try(sim: Any, enable: Any) -> None:

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import ctypes
 import gc
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from conftest import DEVICE
 
+import prefetch_offload
 from prefetch_offload import SettingError, segments
+from prefetch_offload.adapter import pipeline as adapter
 from prefetch_offload.testing.pipelines import CASES
 
 CUDA = torch.device("cuda", 0)
@@ -52,6 +56,9 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(segments.sys, "platform", "linux")
     monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
     monkeypatch.setattr(segments, "_has_virtual_memory", lambda device: True)
+    monkeypatch.setattr(segments, "_maps", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(is_integrated=False))
+    monkeypatch.setattr(segments.platform, "release", lambda: "6.1.0")
     monkeypatch.setattr(segments, "_told", None)
     monkeypatch.setattr(segments, "_restored", None)
     segments._users.clear()
@@ -166,6 +173,136 @@ def test_an_older_name_for_telling_it(told: Any, monkeypatch: pytest.MonkeyPatch
     monkeypatch.delattr(torch._C, "_accelerator_setAllocatorSettings")
     monkeypatch.setattr(torch.cuda.memory, "_set_allocator_settings", allocator.tell)
     assert segments.use(User(), CUDA, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ((segments.platform, "release", lambda: "5.15.0-microsoft-standard-WSL2"), "this is WSL"),
+        ((torch.cuda, "get_device_properties", lambda device: SimpleNamespace(is_integrated=True)), "no memory of its own"),
+    ],
+    ids=["wsl", "tegra"],
+)
+def test_where_it_often_fails_somebody_has_to_ask_for_it(
+    told: Any, monkeypatch: pytest.MonkeyPatch, change: Any, why: str
+) -> None:
+    allocator = told()
+    monkeypatch.setattr(*change)
+    user = User()
+    assert why in str(segments.never(CUDA)) and not segments.use(user, CUDA, None) and len(allocator.texts) == 1
+    assert segments.use(user, CUDA, True) and allocator.on
+
+
+def test_off_again_where_mapping_fails_all_the_same(told: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    allocator = told("garbage_collection_threshold:0.8")
+    monkeypatch.setattr(segments, "_maps", lambda device: False)
+    assert not segments.use(User(), CUDA, True)
+    assert not allocator.on and not segments._users and segments._told is None
+
+
+def test_a_decision_is_remembered_when_one_pipeline_had_them_all_the_same(told: Any) -> None:
+    told("expandable_segments:False")
+    user = User()
+    assert segments.use(user, CUDA, True)
+    segments.leave(user)
+    assert not segments.use(user, CUDA, None)
+
+
+def test_other_settings_that_were_made_meanwhile_stay(told: Any) -> None:
+    allocator = told()
+    user = User()
+    assert segments.use(user, CUDA, None)
+    allocator.tell("garbage_collection_threshold:0.5")
+    segments.leave(user)
+    assert not allocator.on and allocator.texts[-1] == "garbage_collection_threshold:0.5,expandable_segments:False"
+
+
+def test_a_pipeline_that_is_collected_while_another_is_enabled(told: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    allocator = told()
+    box = [User()]
+    new = User()
+    assert segments.use(box[0], CUDA, None)
+    read = segments._read
+
+    def collect() -> Any:
+        found = read()
+        if box:
+            box.clear()
+            segments.leave(None)
+        return found
+
+    for number in (1, 2):
+        with monkeypatch.context() as patch:
+            patch.setattr(segments, "_read", collect)
+            assert segments.use(new, CUDA, None) is allocator.on
+        segments.leave(new)
+        assert not allocator.on, number
+        box.append(User())
+        assert segments.use(box[0], CUDA, None)
+
+
+def test_an_interrupt_while_it_is_told(told: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    allocator = told()
+    user = User()
+
+    def tell(text: str) -> None:
+        allocator.tell(text)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch._C, "_accelerator_setAllocatorSettings", tell)
+        with pytest.raises(KeyboardInterrupt):
+            segments.use(user, CUDA, None)
+    segments.leave(user)
+    assert not allocator.on
+
+
+class TestOfAPipeline:
+    @pytest.fixture
+    def allocator(self, told: Any, monkeypatch: pytest.MonkeyPatch) -> Allocator:
+        use = segments.use
+        monkeypatch.setattr(segments, "use", lambda user, device, wanted: use(user, CUDA, wanted))
+        made: Allocator = told()
+        return made
+
+    def test_collected_with_its_handle(self, allocator: Allocator, sim: Any) -> None:
+        pipe = CASES["flux"].build()
+        pipe.me = pipe
+        prefetch_offload.enable(pipe, device=DEVICE, budget="stock")
+        assert allocator.on
+        del pipe
+        gc.collect()
+        assert not allocator.on
+
+    def test_disable_after_an_interrupt_in_it(self, allocator: Allocator, enable: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        pipe = CASES["flux"].build()
+        offload = enable(pipe, budget="stock")
+        with monkeypatch.context() as patch:
+            patch.setattr(offload._engine.lanes, "empty_cache", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                offload.disable()
+        offload.disable()
+        assert not allocator.on
+
+    def test_without_hooks(self, allocator: Allocator, enable: Any) -> None:
+        pipe = CASES["flux"].build()
+        enable(pipe, budget="stock")
+        assert allocator.on
+        pipe.remove_all_hooks()
+        assert not allocator.on
+
+    def test_a_part_with_a_budget_of_its_own(self, allocator: Allocator, enable: Any) -> None:
+        pipe = CASES["kandinsky22"].build()
+        offload = enable(pipe, budget="stock")
+        handle = adapter.offload_of(adapter.parts_of(pipe)[0])
+        assert handle is not None
+        handle.budget = "stock"
+        offload.disable()
+        assert not allocator.on
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(

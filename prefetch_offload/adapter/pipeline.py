@@ -16,6 +16,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from .. import segments
 from ..errors import UnsupportedError
 from ..holdings import rehooking
 from .entry import attach
@@ -224,6 +225,7 @@ def _make(base: Any) -> type:
 
     @functools.wraps(base.remove_all_hooks)
     def remove_all_hooks(self: DiffusionPipeline) -> None:
+        segments.leave(offload_of(self))
         base.remove_all_hooks(self)  # detaching a hook takes its component out of the engine
         for part in parts_of(self):
             base_class(part).remove_all_hooks(part)
