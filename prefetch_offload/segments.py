@@ -89,12 +89,8 @@ def _maps(device: torch.device) -> bool:
     return True
 
 
-def why_not(device: torch.device, state: _State | None = None) -> str | None:
-    """Why free pieces cannot be put together on `device`; None: they can be, or are.
-
-    Args:
-        state: of the allocator, if it was looked at.
-    """
+def why_not(device: torch.device) -> str | None:
+    """Why free pieces cannot be put together on `device`; None: they can be, or are."""
     if device.type != "cuda" or torch.version.cuda is None:
         return f"{device.type} has none: they are PyTorch's for CUDA"
     if sys.platform != "linux":
@@ -102,7 +98,7 @@ def why_not(device: torch.device, state: _State | None = None) -> str | None:
     if torch.cuda.get_allocator_backend() != "native":
         return f"PyTorch's own allocator is not in use, but {torch.cuda.get_allocator_backend()!r}"
     try:
-        state = state or _read()
+        state = _read()
     except (AttributeError, KeyError, TypeError, ValueError):
         return f"this PyTorch does not tell: set PYTORCH_CUDA_ALLOC_CONF={_NAME}:True"
     if not state.on and not _has_virtual_memory(device):
