@@ -14,7 +14,7 @@ import importlib
 import math
 import sys
 from collections.abc import Callable, Iterator
-from importlib import metadata, util
+from importlib import util
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 import prefetch_offload
+from prefetch_offload.commands.doctor import version_of
 from prefetch_offload.config import parse_budget
 
 Place = Callable[[DiffusionPipeline, torch.device, "int | None"], Any]
@@ -220,11 +221,4 @@ def remove(mode: str, pipe: DiffusionPipeline, offload: prefetch_offload.Offload
 
 def versions() -> dict[str, str | None]:
     """Of the peers; None: not installed."""
-
-    def of(name: str) -> str | None:
-        try:
-            return metadata.version(name)  # whichever way the name is spelled
-        except metadata.PackageNotFoundError:
-            return None
-
-    return {name: of(name) for name in PEERS}
+    return {name: version_of(name) for name in PEERS}

@@ -1,4 +1,4 @@
-"""How much host memory there is to pin. No torch."""
+"""What the host is: how much memory there is to pin, and whether it is WSL. No torch."""
 
 from __future__ import annotations
 
@@ -78,3 +78,11 @@ def pinnable_nbytes() -> int:
 def resident_nbytes() -> int:
     """Resident set size of this process."""
     return int(psutil.Process(os.getpid()).memory_info().rss)
+
+
+def is_wsl() -> bool:
+    """This is Linux within Windows, whose drivers can do less."""
+    try:
+        return "microsoft" in Path("/proc/version").read_text().lower()
+    except OSError:
+        return False

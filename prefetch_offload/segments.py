@@ -17,7 +17,6 @@ they are.
 from __future__ import annotations
 
 import ctypes
-import platform
 import sys
 import threading
 import weakref
@@ -27,6 +26,7 @@ from typing import Any
 import torch
 
 from .errors import SettingError
+from .memory import is_wsl
 
 _NAME = "expandable_segments"
 _VIRTUAL_MEMORY = 102  # CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED
@@ -89,8 +89,8 @@ def _maps(device: torch.device) -> bool:
     return True
 
 
-def why_not(device: torch.device) -> str | None:
-    """Why free pieces cannot be put together on `device`; None: they can be, or are."""
+def _look(device: torch.device) -> _State | str:
+    """The allocator's state, or why free pieces cannot be put together on `device`."""
     if device.type != "cuda" or torch.version.cuda is None:
         return f"{device.type} has none: they are PyTorch's for CUDA"
     if sys.platform != "linux":
@@ -105,7 +105,7 @@ def why_not(device: torch.device) -> str | None:
         return "its driver has no virtual memory for it"
     if not state.on and not state.splits:
         return "max_split_size_mb is set, with which they do not give memory back (PyTorch's issue 123548)"
-    return None
+    return state
 
 
 def put_together() -> bool:
@@ -115,27 +115,25 @@ def put_together() -> bool:
 
 def never(device: torch.device) -> str | None:
     """Why `use` will not put them together unless it is asked to; None: it will, or they are."""
-    why = why_not(device)
-    if why is not None or (state := _read()).on:
-        return why
-    return _unwise(device) or (f"{_NAME}:False was set" if decided(state) else None)
+    found = _look(device)
+    if isinstance(found, str):
+        return found
+    return None if found.on else _unwise(device) or (f"{_NAME}:False was set" if _NAME in _said(found) else None)
 
 
 def _unwise(device: torch.device) -> str | None:
     """Why not to have them unless somebody says so."""
     # Mapping fails there with many drivers (PyTorch's issue 192330).
-    if "microsoft" in platform.release().lower():
+    if is_wsl():
         return "this is WSL, where drivers fail to map memory"
     if getattr(torch.cuda.get_device_properties(device), "is_integrated", False):
         return "the GPU has no memory of its own"  # Tegra, where mapping fails as well
     return None
 
 
-def decided(state: _State) -> bool:
-    """Somebody else has said whether there are to be expandable segments."""
-    if _restored is not None and state.text == _restored.after:
-        return _NAME in _restored.before
-    return _NAME in state.text
+def _said(state: _State) -> str:
+    """What others have told the allocator last."""
+    return _restored.before if _restored is not None and state.text == _restored.after else state.text
 
 
 def check(device: torch.device) -> None:
@@ -144,8 +142,8 @@ def check(device: torch.device) -> None:
     Raises:
         SettingError: with why.
     """
-    why = why_not(device)
-    if why is not None:
+    why = _look(device)
+    if isinstance(why, str):
         raise SettingError(f"expandable_segments=True on {device}: {why}. Leave it out, to have it where it can be.")
 
 
@@ -160,17 +158,15 @@ def use(user: object, device: torch.device, wanted: bool | None) -> bool:
         Whether they are put together now.
     """
     global _told
-    if why_not(device) is not None:
-        return False
     with _lock:
         _users.add(user)  # first: what is collected meanwhile may be the last other one that needed it
-        state = _read()
-        if state.on:
+        state = _look(device)
+        if isinstance(state, _State) and state.on:
             return True
-        if wanted is None and (decided(state) or _unwise(device) is not None):
+        if isinstance(state, str) or (wanted is None and (_NAME in _said(state) or _unwise(device) is not None)):
             _users.discard(user)
             return False
-        before = _restored.before if _restored is not None and state.text == _restored.after else state.text
+        before = _said(state)
         _told = _Told(before, _with(before, True))  # before it is so: who is interrupted in between can undo it
         _write(_told.after)
         if _read().on and _maps(device):

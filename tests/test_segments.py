@@ -58,7 +58,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(segments, "_has_virtual_memory", lambda device: True)
     monkeypatch.setattr(segments, "_maps", lambda device: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(is_integrated=False))
-    monkeypatch.setattr(segments.platform, "release", lambda: "6.1.0")
+    monkeypatch.setattr(segments, "is_wsl", lambda: False)
     monkeypatch.setattr(segments, "_told", None)
     monkeypatch.setattr(segments, "_restored", None)
     segments._users.clear()
@@ -178,7 +178,7 @@ def test_an_older_name_for_telling_it(told: Any, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ((segments.platform, "release", lambda: "5.15.0-microsoft-standard-WSL2"), "this is WSL"),
+        ((segments, "is_wsl", lambda: True), "this is WSL"),
         ((torch.cuda, "get_device_properties", lambda device: SimpleNamespace(is_integrated=True)), "no memory of its own"),
     ],
     ids=["wsl", "tegra"],

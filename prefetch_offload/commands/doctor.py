@@ -9,7 +9,6 @@ import shlex
 import shutil
 import sys
 from importlib import metadata, util
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -19,7 +18,7 @@ from rich.table import Table
 
 from .. import segments
 from ..config import GIB, MIB
-from ..memory import cgroup_limit, pinnable_nbytes
+from ..memory import cgroup_limit, is_wsl, pinnable_nbytes
 from . import devices, link
 
 PACKAGES = ("torch", "diffusers", "accelerate", "transformers", "safetensors", "triton", "peft")
@@ -83,10 +82,10 @@ def gather(simulate: bool) -> Facts:
     memory = psutil.virtual_memory()
     limit = cgroup_limit()
     return Facts(
-        versions={name: _version(name) for name in PACKAGES}
+        versions={name: version_of(name) for name in PACKAGES}
         | {"torch": torch.__version__},  # with the build: +cpu, +cu130
         system=f"Python {platform.python_version()}, {platform.system()} {platform.release()}",
-        wsl=_wsl(),
+        wsl=is_wsl(),
         accelerator=None if device is None else str(device),
         name=None if device is None else devices.describe(device),
         simulated=simulated,
@@ -110,18 +109,12 @@ def _memory_of(device: torch.device) -> int | None:
     return int(module.mem_get_info(device)[1]) if hasattr(module, "mem_get_info") else None
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """What is installed of a package, whichever way its name is spelled; None: nothing."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _wsl() -> bool:
-    try:
-        return "microsoft" in Path("/proc/version").read_text().lower()
-    except OSError:
-        return False
 
 
 def _memlock() -> int | None:
