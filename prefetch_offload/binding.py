@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,16 @@ if TYPE_CHECKING:
 _version = operator.attrgetter("_version")
 
 
+class Run:
+    """A call into a component. Whoever makes it holds it, so that one that was interrupted anywhere ends all the same.
+
+    Attributes:
+        over: it has ended.
+    """
+
+    over = False
+
+
 class Binding:
     """Shows a component's units to its modules and takes back what was written to them. `Component` says what these are.
 
@@ -30,7 +41,6 @@ class Binding:
         units: what it needs on the device, in definition order.
         bound: its modules show twins.
         by_hand: it was bound outside of any call, or in one with a callback: a program may have written to what it saw.
-        running: calls into it that have not returned.
         compiled: what was compiled while it ran; None: nothing was.
         d2h_nbytes: bytes written back because the device's copy had changed.
         client: the pipeline that it belongs to, the one enabled last if there are several.
@@ -44,7 +54,7 @@ class Binding:
         self.units: list[Unit] = []
         self.bound = False
         self.by_hand = False
-        self.running = 0
+        self._runs: dict[int, weakref.ref[Run]] = {}
         self.d2h_nbytes = 0
         self._masters: dict[int, Master] = {}
         self._modules: list[nn.Module] = []
@@ -54,6 +64,26 @@ class Binding:
         self._placed = 0  # tensors on the device that are not ours
         self._flat: list[nn.Module] = []
         self._peft: list[nn.Module] = []
+
+    @property
+    def running(self) -> bool:
+        """There are calls into it that have not ended."""
+        return bool(self._runs) and any(map(self.runs_in, list(self._runs)))
+
+    def runs_in(self, thread: int) -> bool:
+        """There is one in this thread."""
+        run = (ref := self._runs.get(thread)) and ref()
+        return run is not None and not run.over
+
+    def begin(self, thread: int) -> Run:
+        """A call into it begins in `thread`."""
+        run = Run()
+        self._runs[thread] = weakref.ref(run)
+        return run
+
+    def end(self, thread: int) -> None:
+        """None is in progress in `thread` any more."""
+        self._runs.pop(thread, None)
 
     @staticmethod
     def _count(modules: list[nn.Module]) -> int:
@@ -184,9 +214,9 @@ class Binding:
         for entries, key, master in (*self._slots[:1], *self._slots[-1:]):
             twin = entries.get(key)
             if twin is not (master.twin if master.shown else master.tensor):
-                return bool(self.running)
+                return self.running
             if master.shown and twin is not None and twin.data_ptr() != master.twin_ptr:
-                return bool(self.running)
+                return self.running
         return True
 
     def untouched(self) -> bool:

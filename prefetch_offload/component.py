@@ -90,7 +90,6 @@ class Component(Binding):
         name: what its pipeline calls it.
         module: held strongly, so that it is there for whoever walks over components while garbage is collected.
         stream: awaits its units one by one while it runs; None: all of them are there.
-        threads: those that run it.
         turn: held by the thread that runs it while it streams.
         points, must: see `find_points`; and units that were found to be read outside of points.
         found: those.
@@ -130,7 +129,6 @@ class Component(Binding):
         self.stop_casting: Callable[[], None] = lambda: None
         self.stream: Stream | None = None
         self.turn = threading.RLock()
-        self.threads: set[int] = set()
         self.points: list[Point] = []
         self.must: frozenset[str] = frozenset()
         self.found: set[str] = set()

@@ -342,10 +342,13 @@ class Engine(Moves):
 
     def leave_call(self, call: Call, failed: bool) -> None:
         """The pipeline call returned or raised."""
+        thread = threading.get_ident()
+        for component in list(call.client.components.values()):
+            component.end(thread)  # an interrupt may have come right before or behind its own end
         with self._held(), self._change:
             call.over = True
             if self._call() is None:
-                self._calls.pop(threading.get_ident(), None)
+                self._calls.pop(thread, None)
             if call in call.client.in_progress and not call.client.calling:
                 self.end_call(call.client, failed)
 

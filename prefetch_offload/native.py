@@ -65,7 +65,7 @@ class NativeComponent(Component):
 
     @property
     def shown(self) -> bool:
-        return bool(self.running) or not (self.bound and self._moved())
+        return self.running or not (self.bound and self._moved())
 
     def written(self) -> list[Unit]:
         return list(self.units) if self._moved() else []

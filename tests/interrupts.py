@@ -1,5 +1,6 @@
 """KeyboardInterrupt between any two lines of chosen functions of the package and of all that they call in it, and between
-their calls and their first lines. Not between a stream's with block and its exit, where Python itself never raises it."""
+their calls and their first lines. Not between a with block of a stream or a lock and its exit, where Python itself never raises
+it."""
 
 from __future__ import annotations
 
@@ -34,11 +35,15 @@ def spots(lines: list[Line]) -> list[int]:
     return sorted({*first.values(), *last.values()})
 
 
+# What ends in these, as the last item of a with statement, has an ``__exit__`` that is no Python code.
+_NO_PYTHON = ("lanes.copy", "lanes.cast", ".lock", "_lock", ".turn")
+
+
 @cache
-def _stream_blocks(path: str) -> frozenset[int]:
-    """Lines of the with statements that make one of the engine's streams current."""
+def _blocks(path: str) -> frozenset[int]:
+    """Lines of the with statements that make one of the engine's streams current, or take a lock."""
     blocks = (node for node in ast.walk(ast.parse(Path(path).read_text())) if isinstance(node, ast.With))
-    return frozenset(block.lineno for block in blocks if ast.unparse(block.items[-1]).endswith(("lanes.copy", "lanes.cast")))
+    return frozenset(block.lineno for block in blocks if ast.unparse(block.items[-1]).endswith(_NO_PYTHON))
 
 
 # What a with statement's line begins with when its block has ended, after a value to return or without one. Where the
@@ -46,14 +51,14 @@ def _stream_blocks(path: str) -> frozenset[int]:
 _EXITS = {"LOAD_CONST", "SWAP", "POP_BLOCK", "ROT_TWO"}
 
 
-def leaves_a_stream(frame: Any) -> bool:
-    """Whether the line that is about to run calls a stream's ``__exit__``, with nothing raised.
+def leaves_a_block(frame: Any) -> bool:
+    """Whether the line that is about to run calls the ``__exit__`` of a stream or a lock, with nothing raised.
 
     Python looks for signals after calls, at the beginnings of functions and at jumps backwards. Between the last of these in
     the block and the return of that ``__exit__``, which is no Python code, there is none.
     """
     code = frame.f_code
-    return frame.f_lineno in _stream_blocks(code.co_filename) and dis.opname[code.co_code[frame.f_lasti]] in _EXITS
+    return frame.f_lineno in _blocks(code.co_filename) and dis.opname[code.co_code[frame.f_lasti]] in _EXITS
 
 
 def interrupt_at(number: int, run: Callable[[], Any]) -> tuple[Any, int]:
@@ -66,7 +71,7 @@ def interrupt_at(number: int, run: Callable[[], Any]) -> tuple[Any, int]:
 
     def local(frame: Any, event: str, arg: Any) -> Any:
         nonlocal count
-        if event == "line" and not leaves_a_stream(frame):
+        if event == "line" and not leaves_a_block(frame):
             count += 1
             if count == number:
                 sys.settrace(None)
@@ -187,7 +192,7 @@ class Interrupts:
 
     def _step(self, frame: Any, event: str, arg: Any) -> Any:
         code = frame.f_code
-        if event == "line" and not leaves_a_stream(frame):
+        if event == "line" and not leaves_a_block(frame):
             self._pass(frame)
         elif event == "return" and code.co_name in self._names:
             self._inside -= 1

@@ -3,6 +3,8 @@ reads what is not there."""
 
 from __future__ import annotations
 
+import inspect
+import sys
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from interrupts import interrupts
 from test_streaming import CASES, UNITS, budget_of, draw, resident_images
 from torch import nn
 
+from prefetch_offload.adapter.hooks import CpuOffload
 from prefetch_offload.points import find_points
 from prefetch_offload.testing.pipelines import lora_state_dict, scaled
 
@@ -65,12 +68,47 @@ def test_a_refused_allocation_anywhere(sim: Any, enable: Any) -> None:
     assert offload.stats.counts["ladder"] > 0
 
 
+@pytest.mark.parametrize("nth", [1, 3])
+def test_an_interrupt_where_a_component_begins_and_ends(sim: Any, enable: Any, nth: int) -> None:
+    """It does not count as running for ever: then others would go on leaving it its memory, and show what it shows."""
+    expected = resident_images("flux")[2].tobytes()
+    pipe = CASES["flux"].build()
+    offload = enable(pipe, budget=budget_of(pipe, SHARE), verify=False, **UNITS)
+    draw("flux", pipe, 2)
+    source, first = inspect.getsourcelines(CpuOffload._run)
+    stopped = 0
+    for line in range(first, first + len(source)):
+        times = 0
+
+        def step(frame: Any, event: str, arg: Any, line: int = line) -> Any:
+            nonlocal times
+            if event == "line" and frame.f_lineno == line:
+                times += 1
+                if times == nth:
+                    sys.settrace(None)
+                    raise KeyboardInterrupt
+            return step
+
+        sys.settrace(lambda frame, event, arg, step=step: step if frame.f_code is CpuOffload._run.__code__ else None)
+        try:
+            draw("flux", pipe, 2)
+        except KeyboardInterrupt:
+            stopped += 1
+        finally:
+            sys.settrace(None)
+        assert not any(c.running for c in offload._session.client.components.values()), source[line - first]
+        assert all(p.device.type == "cpu" for p in pipe.transformer.parameters())
+        assert draw("flux", pipe, 2).tobytes() == expected, source[line - first]
+    assert stopped >= 12
+
+
 def test_an_interrupt_at_any_line(sim: Any, enable: Any) -> None:
     expected = resident_images("flux")[2].tobytes()
     pipe = CASES["flux"].build()
     offload = enable(pipe, budget=budget_of(pipe, SHARE), verify=False, **UNITS)
     draw("flux", pipe, 2)
     for number, image in interrupts(24, lambda: draw("flux", pipe, 2).tobytes()):
+        assert not offload._engine.lock._is_owned(), number
         assert image in (None, expected)
         assert draw("flux", pipe, 2).tobytes() == expected, number
         offload._engine.residency.validate()

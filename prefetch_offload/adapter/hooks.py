@@ -221,7 +221,7 @@ class CpuOffload(accelerate.hooks.CpuOffload):
         One thread at a time runs a component: while units come and go, there is one window.
         """
         component = self.component
-        if component is not None and threading.get_ident() not in component.threads:
+        if component is not None and not component.runs_in(threading.get_ident()):
             with component.turn:
                 return self._run(module, call, args, kwargs, whole)
         return self._run(module, call, args, kwargs, whole)
@@ -234,7 +234,7 @@ class CpuOffload(accelerate.hooks.CpuOffload):
         if component is None or session is None or not self._is_ready(component, session, whole):
             args, kwargs = self._enter(module, args, kwargs, called=True, whole=whole, call=call)
             component, session = self.component, self.session
-        if component is None or session is None or thread in component.threads:  # the latter: forward, within its __call__
+        if component is None or session is None or component.runs_in(thread):  # the latter: forward, within its __call__
             return call(*args, **kwargs)
         engine = session.engine
         engine.pass_begins(component)
@@ -244,10 +244,8 @@ class CpuOffload(accelerate.hooks.CpuOffload):
         retry = not grad and not component.running and _repeatable(args, kwargs) and not lanes.capturing()
         versions = [t._version for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)] if retry else []
         state = lanes.generator_state() if retry else None
-        component.running += 1
-        component.threads.add(thread)
+        failed, run = 0, component.begin(thread)
         try:
-            failed = 0
             while True:
                 try:
                     return _through(component, call, args, kwargs)
@@ -263,8 +261,8 @@ class CpuOffload(accelerate.hooks.CpuOffload):
                 failed += 1
                 lanes.set_generator_state(state)
         finally:
-            component.threads.discard(thread)
-            component.running -= 1
+            run.over = True
+            component.end(thread)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CpuOffload:
         """A copy serves the copied module, taken in when it first runs."""
